@@ -1,0 +1,1 @@
+"""Measurements of edgeinfer against stock llama.cpp, and the made models they need."""
