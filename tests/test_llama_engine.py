@@ -189,13 +189,18 @@ def test_bad_requests_are_refused(model, context, tmp_path):
 
 
 def test_nothing_of_llama_cpps_log_reaches_the_screen(capfd):
-    with open_model() as model, LlamaContext(model, context_length=64, threads=1, flash_attention=None) as context:
+    options = {"context_length": 64, "threads": 1, "flash_attention": None}
+    with open_model() as model, LlamaContext(model, **options) as context:
         context.decode([1])
     assert capfd.readouterr() == ("", "")
 
 
 def test_open_and_close_again_and_again_leaks_nothing():
     process = psutil.Process()
+
+    def held():
+        maps = len(process.memory_maps(grouped=False))
+        return process.memory_info().rss, process.num_threads(), process.num_fds(), maps
 
     def cycle():
         options = {"context_length": 256, "threads": 1, "flash_attention": True}
@@ -208,11 +213,11 @@ def test_open_and_close_again_and_again_leaks_nothing():
     for _ in range(5):
         cycle()
     gc.collect()
-    before = process.memory_info().rss, process.num_threads(), process.num_fds(), len(process.memory_maps(False))
+    before = held()
     for _ in range(30):
         cycle()
     gc.collect()
-    after = process.memory_info().rss, process.num_threads(), process.num_fds(), len(process.memory_maps(False))
+    after = held()
     assert after[0] - before[0] < 4 << 20
     assert after[1:3] == before[1:3]
     assert after[3] <= before[3] + 4

@@ -61,11 +61,13 @@ def _reason() -> str:
 class LlamaModel:
     """A model file opened by llama.cpp.
 
-    `load_mode` is one of llama_cpp.LLAMA_LOAD_MODE_*; `use_extra_bufts` lets llama.cpp repack weights for this
-    processor, which changes the last digits of the results. Close every context before the model.
+    `load_mode` is one of llama_cpp.LLAMA_LOAD_MODE_*; `use_extra_bufts` lets llama.cpp repack weights for
+    this processor, which changes the last digits of the results. Close every context before the model.
     """
 
-    def __init__(self, path: str | os.PathLike, *, load_mode: int, use_extra_bufts: bool, vocab_only: bool = False):
+    def __init__(
+        self, path: str | os.PathLike, *, load_mode: int, use_extra_bufts: bool, vocab_only: bool = False
+    ):
         _start()
         _errors.clear()
         params = llama_cpp.llama_model_default_params()
@@ -119,8 +121,8 @@ class LlamaModel:
     def tokenize(self, text: str, add_special: bool, parse_special: bool) -> list[int]:
         """Token ids of `text`.
 
-        `add_special` adds what the vocabulary wants around a text (such as BOS); `parse_special` reads the names
-        of control tokens in the text as those tokens.
+        `add_special` adds what the vocabulary wants around a text (such as BOS); `parse_special` reads the
+        names of control tokens in the text as those tokens.
         """
         try:
             data = text.encode("utf-8")
@@ -169,8 +171,9 @@ class LlamaContext:
 
     `context_length`: the most tokens the sequence may hold. `ubatch`: the most tokens of one decode.
     `outputs_max`: the most positions of one decode whose logits are kept (each costs vocab_size floats).
-    `flash_attention`: None lets llama.cpp choose. `cb_eval` and `abort` are addresses of C functions of the types
-    ggml_backend_sched_eval_callback and ggml_abort_callback, `cb_data` and `abort_data` what they are given.
+    `flash_attention`: None lets llama.cpp choose. `cb_eval` and `abort` are addresses of C functions of the
+    types ggml_backend_sched_eval_callback and ggml_abort_callback; `cb_data` and `abort_data` are what
+    they are given.
     """
 
     def __init__(
@@ -210,7 +213,7 @@ class LlamaContext:
         self._memory = llama_cpp.llama_get_memory(self.handle)
         if not self._memory:
             self.close()
-            raise EngineError(f"{model.path} keeps no sequence state: it is an encoder, which cannot write text.")
+            raise EngineError(f"{model.path} keeps no sequence: it is an encoder, which cannot write text.")
         self._vocab_size = model.vocab_size
         self._batch = llama_cpp.llama_batch_init(ubatch, 0, 1)
         for i in range(ubatch):
@@ -218,20 +221,22 @@ class LlamaContext:
             self._batch.seq_id[i][0] = 0
 
     def decode(self, tokens: Sequence[int], outputs: str = "last") -> None:
-        """Append `tokens` (1 to `ubatch`) to the sequence and compute logits for the last or for "all" of them.
+        """Append `tokens` (1 to `ubatch`) to the sequence; compute logits for the last or for "all" of them.
 
-        Raises DecodeAborted when the abort callback said so, EngineError on any other failure; the sequence is
-        then as before. (A recurrent state cannot be cut back: such a sequence is then empty, `position` 0.)
+        Raises DecodeAborted when the abort callback said so, EngineError on any other failure; the sequence
+        is then as before. (A recurrent state cannot be cut back: it is then empty, `position` 0.)
         """
         count = len(tokens)
         wanted = count if outputs == "all" else 1
         if not 1 <= count <= self.ubatch or wanted > self.outputs_max:
             raise ValueError(
-                f"expected 1 to {self.ubatch} tokens and at most {self.outputs_max} outputs, got {count} and {wanted}"
+                f"expected 1 to {self.ubatch} tokens and at most {self.outputs_max} outputs, "
+                f"got {count} and {wanted}"
             )
         if self.position + count > self.context_length:
             raise EngineError(
-                f"The context holds {self.context_length} tokens: {self.position} are used, {count} more do not fit."
+                f"The context holds {self.context_length} tokens: {self.position} are used, "
+                f"{count} more do not fit."
             )
         batch = self._batch
         batch.n_tokens = count
