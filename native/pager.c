@@ -1,0 +1,487 @@
+#define _GNU_SOURCE
+#include "pager.h"
+
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#include "memory.h"
+
+static uint64_t now_ns(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+}
+
+static use *use_at(pager *p, uint64_t number) { return &p->uses[number % p->num_uses]; }
+static block *block_of(pager *p, const use *u) { return &p->blocks[u->block]; }
+
+static transfer *transfer_of(pager *p, use *u)
+{
+    block *b = block_of(p, u);
+    return b->kind == BLOCK_RESIDENT ? &b->resident : &u->streamed;
+}
+
+/* ---- failure ------------------------------------------------------------------------------------------------ */
+
+static void fail_locked(pager *p, int error, const char *text)
+{
+    if (p->error == 0) {
+        p->error = error;
+        snprintf(p->error_text, sizeof p->error_text, "%s", text);
+    }
+    atomic_store_explicit(&p->halted, true, memory_order_relaxed);
+    pthread_cond_broadcast(&p->ready);
+    pthread_cond_broadcast(&p->work);
+}
+
+static void fail_read_locked(pager *p, int error, const block *b)
+{
+    char text[PAGER_TEXT_BYTES];
+    const char *path = p->sources[b->source].path;
+    unsigned long long offset = b->offset, bytes = b->bytes;
+    if (error == ENODATA)
+        snprintf(text, sizeof text, "expected bytes %llu to %llu, the file ends before: %s", offset, offset + bytes, path);
+    else
+        snprintf(text, sizeof text, "reading bytes %llu to %llu failed (error %d): %s", offset, offset + bytes, error, path);
+    fail_locked(p, error, text);
+}
+
+void pager_fail(pager *p, int error, const char *text)
+{
+    pthread_mutex_lock(&p->lock);
+    fail_locked(p, error, text);
+    pthread_mutex_unlock(&p->lock);
+}
+
+void pager_abort(pager *p)
+{
+    pthread_mutex_lock(&p->lock);
+    p->aborted = true;
+    atomic_store_explicit(&p->halted, true, memory_order_relaxed);
+    pthread_cond_broadcast(&p->ready);
+    pthread_mutex_unlock(&p->lock);
+}
+
+/* ---- the ring ----------------------------------------------------------------------------------------------- */
+
+/* Uses are taken and given back in the same order, so free space is one stretch between head and tail. */
+static bool ring_allocate(pager *p, use *u)
+{
+    size_t span = block_of(p, u)->span;
+    if (p->ring_head == p->ring_tail) /* empty: start at the front, so that anything up to the whole ring fits */
+        p->ring_head = p->ring_tail = round_up(p->ring_head, p->ring_bytes);
+    uint64_t head = p->ring_head;
+    size_t place = (size_t)(head % p->ring_bytes);
+    if (place + span > p->ring_bytes)
+        head += p->ring_bytes - place;
+    if (head + span - p->ring_tail > p->ring_bytes)
+        return false;
+    p->statistics.ring_wraps += head / p->ring_bytes != p->ring_head / p->ring_bytes;
+    u->streamed.to = p->ring + head % p->ring_bytes;
+    u->ring_end = p->ring_head = head + span;
+    return true;
+}
+
+/* ---- reading ahead ------------------------------------------------------------------------------------------ */
+
+typedef struct {
+    const block *block;
+    transfer *transfer;
+    uint8_t *to;
+    uint64_t offset;
+    size_t length, needed;
+} chunk;
+
+/* The next piece to read, in the order of use. false: nothing can be fetched now. */
+static bool next_chunk(pager *p, chunk *c)
+{
+    if (p->paused || p->error != 0)
+        return false;
+    while (p->fetch < p->released + p->num_uses) {
+        use *u = use_at(p, p->fetch);
+        block *b = block_of(p, u);
+        transfer *t = transfer_of(p, u);
+        if (t->state != TRANSFER_IDLE && t->issued == b->span) { /* a resident block that is here or under way */
+            p->fetch++;
+            continue;
+        }
+        if (t->state == TRANSFER_IDLE) {
+            if (b->kind == BLOCK_STREAMED && !ring_allocate(p, u))
+                return false;
+            t->state = TRANSFER_READING;
+            t->issued = t->completed = 0;
+        }
+        size_t left = b->span - t->issued;
+        c->block = b;
+        c->transfer = t;
+        c->to = t->to + t->issued;
+        c->offset = b->start + t->issued;
+        c->length = left < p->chunk_bytes ? left : p->chunk_bytes;
+        uint64_t end = b->offset + b->bytes;
+        c->needed = c->offset + c->length <= end ? c->length : (size_t)(end - c->offset);
+        t->issued += c->length;
+        if (t->issued == b->span)
+            p->fetch++;
+        return true;
+    }
+    return false;
+}
+
+static void *reading_thread(void *argument)
+{
+    pager *p = argument;
+    chunk c;
+    pthread_mutex_lock(&p->lock);
+    while (!p->stopping) {
+        if (!next_chunk(p, &c)) {
+            pthread_cond_wait(&p->work, &p->lock);
+            continue;
+        }
+        if (p->in_flight++ == 0)
+            p->busy_since_ns = now_ns();
+        pthread_mutex_unlock(&p->lock);
+        int error = source_read(&p->sources[c.block->source], c.to, c.offset, c.length, c.needed);
+        pthread_mutex_lock(&p->lock);
+        if (--p->in_flight == 0)
+            p->statistics.busy_ns += now_ns() - p->busy_since_ns;
+        if (error != 0) {
+            fail_read_locked(p, error, c.block);
+            continue;
+        }
+        p->statistics.read_bytes += c.length;
+        if (c.block->kind == BLOCK_RESIDENT)
+            p->statistics.resident_bytes += c.length;
+        c.transfer->completed += c.length;
+        if (c.transfer->completed == c.block->span)
+            c.transfer->state = TRANSFER_READY;
+        if (c.transfer->state == TRANSFER_READY || p->paused)
+            pthread_cond_broadcast(&p->ready);
+    }
+    pthread_mutex_unlock(&p->lock);
+    return NULL;
+}
+
+/* Forgets what was fetched for `from` and later uses; reading goes on at `next`. The lock is held. */
+static void drop_fetched(pager *p, uint64_t from, uint64_t next)
+{
+    p->paused = true;
+    while (p->in_flight > 0)
+        pthread_cond_wait(&p->ready, &p->lock);
+    uint64_t last = p->fetch;
+    for (uint64_t i = from; i <= last && i < from + p->num_uses; i++) {
+        use *u = use_at(p, i);
+        transfer *t = transfer_of(p, u);
+        bool partial = t->state == TRANSFER_READING && t->issued < block_of(p, u)->span;
+        if (block_of(p, u)->kind == BLOCK_STREAMED || partial)
+            t->state = TRANSFER_IDLE;
+    }
+    uint64_t end = p->ring_tail; /* keep what is acquired */
+    for (uint64_t i = p->released; i < from; i++)
+        if (block_of(p, use_at(p, i))->kind == BLOCK_STREAMED && use_at(p, i)->streamed.state != TRANSFER_IDLE)
+            end = use_at(p, i)->ring_end;
+    p->ring_head = end;
+    p->fetch = p->cursor = next;
+    p->paused = false;
+    pthread_cond_broadcast(&p->work);
+}
+
+/* ---- passes ------------------------------------------------------------------------------------------------- */
+
+static bool sources_unchanged_locked(pager *p)
+{
+    for (size_t i = 0; i < p->num_sources; i++)
+        if (!source_unchanged(&p->sources[i])) {
+            char text[PAGER_TEXT_BYTES];
+            snprintf(text, sizeof text, "changed, replaced or removed while in use: %s", p->sources[i].path);
+            fail_locked(p, ESTALE, text);
+            return false;
+        }
+    return true;
+}
+
+static void release_locked(pager *p)
+{
+    bool freed = p->fetch >= p->released + p->num_uses; /* reading ahead stood at the end of its window */
+    for (; p->released < p->cursor; p->released++) {
+        use *u = use_at(p, p->released);
+        if (block_of(p, u)->kind != BLOCK_STREAMED || u->streamed.state != TRANSFER_READY)
+            continue;
+        u->streamed.state = TRANSFER_IDLE;
+        p->ring_tail = u->ring_end;
+        freed = true;
+    }
+    if (freed)
+        pthread_cond_broadcast(&p->work);
+}
+
+bool pager_begin_pass(pager *p)
+{
+    pthread_mutex_lock(&p->lock);
+    bool good = p->error == 0 && sources_unchanged_locked(p);
+    if (good) {
+        p->aborted = false;
+        atomic_store_explicit(&p->halted, false, memory_order_relaxed);
+        release_locked(p);
+        if (p->num_uses > 0 && p->cursor % p->num_uses != 0) {
+            uint64_t next = round_up(p->cursor, p->num_uses);
+            drop_fetched(p, p->cursor, next);
+            p->released = next;
+        }
+    }
+    pthread_mutex_unlock(&p->lock);
+    return good;
+}
+
+bool pager_end_pass(pager *p)
+{
+    pthread_mutex_lock(&p->lock);
+    release_locked(p);
+    bool good = p->error == 0 && sources_unchanged_locked(p);
+    p->statistics.passes += good;
+    pthread_mutex_unlock(&p->lock);
+    return good;
+}
+
+/* Waits until this use's block is in memory. The lock is held. */
+static bool wait_for(pager *p, uint64_t number)
+{
+    transfer *t = transfer_of(p, use_at(p, number));
+    if (t->state == TRANSFER_READY)
+        return !pager_halted(p);
+    uint64_t start = now_ns();
+    while (t->state != TRANSFER_READY && !pager_halted(p)) {
+        /* Everything else is given back or acquired: if this does not fit now, it never will. */
+        if (t->state == TRANSFER_IDLE && p->fetch == number && p->in_flight == 0 && p->ring_head != p->ring_tail) {
+            use *u = use_at(p, number);
+            uint64_t head = p->ring_head, wraps = p->statistics.ring_wraps;
+            if (block_of(p, u)->kind == BLOCK_STREAMED && !ring_allocate(p, u)) {
+                fail_locked(p, ENOBUFS, "a weight was needed out of order and the ring is too small to hold it as well");
+                break;
+            }
+            p->ring_head = head; /* it fits: the reading threads take it */
+            p->statistics.ring_wraps = wraps;
+        }
+        pthread_cond_wait(&p->ready, &p->lock);
+    }
+    p->statistics.wait_ns += now_ns() - start;
+    p->statistics.waits++;
+    return !pager_halted(p);
+}
+
+/* Moves the cursor to the next use of this block. The lock is held. */
+static bool seek_block(pager *p, uint32_t wanted)
+{
+    if (use_at(p, p->cursor)->block == wanted)
+        return true;
+    for (uint64_t skipped = 1; skipped < p->num_uses; skipped++) {
+        uint64_t target = p->cursor + skipped;
+        if (use_at(p, target)->block != wanted)
+            continue;
+        p->statistics.reorders++;
+        if (target >= p->fetch || target >= p->released + p->num_uses) {
+            drop_fetched(p, p->cursor, target);
+            return true;
+        }
+        for (uint64_t i = p->cursor; i < target; i++) /* already read or being read: let it arrive, then pass it by */
+            if (!wait_for(p, i))
+                return false;
+        p->cursor = target;
+        return true;
+    }
+    fail_locked(p, EINVAL, "a block was asked for that is not in the order of use");
+    return false;
+}
+
+bool pager_acquire(pager *p, uint32_t wanted, uint8_t **address, bool *next_ready)
+{
+    pthread_mutex_lock(&p->lock);
+    bool good = !pager_halted(p) && seek_block(p, wanted) && wait_for(p, p->cursor);
+    if (good) {
+        use *u = use_at(p, p->cursor++);
+        block *b = block_of(p, u);
+        *address = transfer_of(p, u)->to + (b->offset - b->start);
+        *next_ready = p->cursor % p->num_uses == 0 ||
+                      transfer_of(p, use_at(p, p->cursor))->state == TRANSFER_READY;
+    }
+    pthread_mutex_unlock(&p->lock);
+    return good;
+}
+
+bool pager_wait_next(pager *p)
+{
+    pthread_mutex_lock(&p->lock);
+    bool good = !pager_halted(p);
+    if (good && p->num_uses > 0 && p->cursor % p->num_uses != 0)
+        good = wait_for(p, p->cursor);
+    pthread_mutex_unlock(&p->lock);
+    return good;
+}
+
+void pager_release(pager *p)
+{
+    pthread_mutex_lock(&p->lock);
+    release_locked(p);
+    pthread_mutex_unlock(&p->lock);
+}
+
+/* ---- rows --------------------------------------------------------------------------------------------------- */
+
+static int compare_rows(const void *a, const void *b)
+{
+    int32_t x = *(const int32_t *)a, y = *(const int32_t *)b;
+    return (x > y) - (x < y);
+}
+
+int pager_open_rows(pager *p, uint32_t number, size_t row_bytes, const int32_t *rows, size_t num_rows)
+{
+    block *b = &p->blocks[number];
+    source *file = &p->sources[b->source];
+    int error = 0;
+    int32_t *sorted = malloc((num_rows ? num_rows : 1) * sizeof *sorted);
+    if (sorted == NULL)
+        return ENOMEM;
+    memcpy(sorted, rows, num_rows * sizeof *sorted);
+    qsort(sorted, num_rows, sizeof *sorted, compare_rows);
+    uint64_t bytes = 0;
+    for (size_t i = 0; i < num_rows && error == 0;) {
+        if (sorted[i] < 0 || (uint64_t)sorted[i] >= b->bytes / row_bytes) {
+            error = EINVAL;
+            break;
+        }
+        /* Neighbouring rows share pages: read each stretch of pages once. */
+        uint64_t start = round_down(b->offset + (uint64_t)sorted[i] * row_bytes, p->alignment);
+        uint64_t needed, end = start;
+        do {
+            needed = b->offset + ((uint64_t)sorted[i] + 1) * row_bytes;
+            end = round_up(needed, p->alignment);
+            i++;
+        } while (i < num_rows && (uint64_t)sorted[i] < b->bytes / row_bytes &&
+                 b->offset + (uint64_t)sorted[i] * row_bytes <= end);
+        void *to = (void *)((uintptr_t)b->home + start - b->offset);
+        if (memory_open(to, end - start) != 0)
+            error = errno;
+        else
+            error = source_read(file, to, start, end - start, needed - start);
+        bytes += end - start;
+    }
+    pthread_mutex_lock(&p->lock);
+    p->statistics.row_bytes += bytes;
+    if (error != 0)
+        fail_read_locked(p, error, b);
+    pthread_mutex_unlock(&p->lock);
+    free(sorted);
+    return error;
+}
+
+void pager_close_rows(pager *p, uint32_t number)
+{
+    /* The first and last page may hold a neighbour's bytes too: they stay. */
+    block *b = &p->blocks[number];
+    uintptr_t start = round_up((uintptr_t)b->home, p->alignment);
+    uintptr_t end = round_down((uintptr_t)b->home + b->bytes, p->alignment);
+    if (end > start)
+        (void)memory_guard((void *)start, end - start);
+}
+
+/* ---- life --------------------------------------------------------------------------------------------------- */
+
+static int check_layout(pager *p)
+{
+    for (size_t i = 0; i < p->num_blocks; i++) {
+        block *b = &p->blocks[i];
+        if (b->source >= p->num_sources || b->bytes == 0 || b->kind > BLOCK_ROWS)
+            return EINVAL;
+        uint64_t size = (uint64_t)p->sources[b->source].size;
+        if (b->offset > size || b->bytes > size - b->offset)
+            return EINVAL;
+        b->start = round_down(b->offset, p->alignment);
+        b->span = (size_t)(round_up(b->offset + b->bytes, p->alignment) - b->start);
+        memset(&b->resident, 0, sizeof b->resident);
+        if (b->kind == BLOCK_STREAMED) {
+            if (b->span > p->ring_bytes)
+                return ENOSPC;
+            continue;
+        }
+        if (b->home == NULL || ((uintptr_t)b->home - b->offset) % p->alignment != 0)
+            return EINVAL;
+        b->resident.to = b->home - (b->offset - b->start);
+    }
+    for (size_t i = 0; i < p->num_uses; i++) {
+        if (p->uses[i].block >= p->num_blocks || p->blocks[p->uses[i].block].kind == BLOCK_ROWS)
+            return EINVAL;
+        memset(&p->uses[i].streamed, 0, sizeof p->uses[i].streamed);
+        p->uses[i].ring_end = 0;
+    }
+    return 0;
+}
+
+int pager_init(pager *p, source *sources, size_t num_sources, block *blocks, size_t num_blocks, use *uses,
+               size_t num_uses, uint8_t *ring, size_t ring_bytes, size_t chunk_bytes)
+{
+    memset(p, 0, sizeof *p);
+    p->sources = sources;
+    p->num_sources = num_sources;
+    p->blocks = blocks;
+    p->num_blocks = num_blocks;
+    p->uses = uses;
+    p->num_uses = num_uses;
+    p->ring = ring;
+    p->alignment = memory_page_bytes();
+    for (size_t i = 0; i < num_sources; i++)
+        if (sources[i].alignment > p->alignment)
+            p->alignment = sources[i].alignment;
+    p->ring_bytes = (size_t)round_down(ring_bytes, p->alignment);
+    p->chunk_bytes = (size_t)round_up(chunk_bytes ? chunk_bytes : 1, p->alignment);
+    atomic_init(&p->halted, false);
+    pthread_mutex_init(&p->lock, NULL);
+    pthread_cond_init(&p->work, NULL);
+    pthread_cond_init(&p->ready, NULL);
+    return check_layout(p);
+}
+
+int pager_start(pager *p, size_t num_threads)
+{
+    p->threads = calloc(num_threads, sizeof *p->threads);
+    if (p->threads == NULL)
+        return num_threads ? ENOMEM : EINVAL;
+    for (size_t i = 0; i < num_threads; i++) {
+        int error = pthread_create(&p->threads[i], NULL, reading_thread, p);
+        if (error != 0)
+            return error;
+        p->num_threads++;
+    }
+    return 0;
+}
+
+void pager_destroy(pager *p)
+{
+    pthread_mutex_lock(&p->lock);
+    p->stopping = true;
+    pthread_cond_broadcast(&p->work);
+    pthread_mutex_unlock(&p->lock);
+    for (size_t i = 0; i < p->num_threads; i++)
+        pthread_join(p->threads[i], NULL);
+    for (size_t i = 0; i < p->num_sources; i++)
+        source_close(&p->sources[i]);
+    free(p->sources);
+    free(p->blocks);
+    free(p->uses);
+    free(p->threads);
+    pthread_cond_destroy(&p->ready);
+    pthread_cond_destroy(&p->work);
+    pthread_mutex_destroy(&p->lock);
+    memset(p, 0, sizeof *p);
+}
+
+void pager_copy_statistics(pager *p, pager_statistics *out)
+{
+    pthread_mutex_lock(&p->lock);
+    *out = p->statistics;
+    if (p->in_flight > 0)
+        out->busy_ns += now_ns() - p->busy_since_ns;
+    pthread_mutex_unlock(&p->lock);
+}
