@@ -1,12 +1,13 @@
-"""Architectures as data: the tensors and metadata that llama.cpp requires, one JSON file each in architectures/.
+"""Architectures as data: the tensors and metadata that llama.cpp requires, one file each in architectures/.
 
     architecture  llama.cpp's name (several files may share one: a dense llama and Mixtral)
     tied          true where the output matrix is the token embedding
     defaults      dimensions beyond the common ones (or other values for them): numbers or expressions
     metadata      key without the architecture prefix -> number, true/false, dimension expression, or
                   {"string": text}
-    tensors       name ("blk.{layer}." is repeated for every layer), shape in ggml order (rows' length first), kind
-                  and optionally: type (instead of the model's), layers ([first, end), expressions), gain
+    tensors       name ("blk.{layer}." is repeated for every layer), shape in ggml order (a row's length
+                  first); if need be kind, type (instead of the model's), layers ([first, end) as
+                  expressions) and gain (a factor on the usual standard deviation)
 
 An expression is a sum of products of dimensions and numbers: "heads*head_size+2*kv_heads*head_size".
 Kinds: matrix (the default), embedding, output, expert_output, gate, norm, bias.
@@ -23,9 +24,13 @@ from pathlib import Path
 from benchmarks.weights import BLOCKS, row_bytes
 
 FOLDER = Path(__file__).parent / "architectures"
+_TOP_KEYS = {"architecture", "tied", "defaults", "metadata", "tensors"}
+_TENSOR_KEYS = {"name", "shape", "kind", "type", "layers", "gain"}
 KINDS = ("matrix", "embedding", "output", "expert_output", "gate", "norm", "bias")
 _FLOAT_KINDS = ("gate", "norm", "bias")
 
+# Dimensions that every model has; the others have defaults
+REQUIRED = ("layers", "embedding", "ffn", "heads", "vocabulary")
 COMMON_DEFAULTS: dict[str, object] = {
     "kv_heads": "heads",
     "context": 4096,
@@ -89,8 +94,18 @@ class Architecture:
 
     def resolve(self, dimensions: dict[str, int]) -> dict[str, int]:
         """All dimensions, from the given ones and the defaults. Given ones win."""
-        resolved = dict(dimensions)
         defaults = {**COMMON_DEFAULTS, **self.defaults}
+        known = {*REQUIRED, *defaults, "head_size"}
+        if unknown := set(dimensions) - known:
+            raise ValueError(
+                f"expected dimensions out of {', '.join(sorted(known))} for {self.name}, "
+                f"found {', '.join(sorted(unknown))}"
+            )
+        if dimensions.get("experts") and not self.has_experts:
+            raise ValueError(
+                f"expected no experts for {self.name}, which is dense; mixtral is a llama with experts"
+            )
+        resolved = dict(dimensions)
         if "head_size" not in defaults and "head_size" not in resolved:
             resolved["head_size"] = resolved["embedding"] // resolved["heads"]
         for name, expression in defaults.items():
@@ -109,7 +124,7 @@ class Architecture:
         return values
 
     def make_tensors(self, type: str, dimensions: dict[str, int], tied: bool | None = None) -> list[Tensor]:
-        """Every tensor in file order; `dimensions` are resolved ones, `tied` None means the architecture's habit."""
+        """Every tensor in file order, for resolved dimensions; `tied` None: as the architecture does."""
         tied = self.tied if tied is None else tied
         specs = [spec for spec in self.tensors if not (tied and spec.get("kind") == "output")]
         made = []
@@ -119,7 +134,8 @@ class Architecture:
                 made += [_make(spec, type, dimensions) for spec in members]
                 continue
             for layer in range(dimensions["layers"]):
-                made += [_make(spec, type, dimensions, layer) for spec in members if _is_in(spec, dimensions, layer)]
+                present = [spec for spec in members if _is_in(spec, dimensions, layer)]
+                made += [_make(spec, type, dimensions, layer) for spec in present]
         return made
 
 
@@ -146,12 +162,19 @@ def read_architecture(name: str) -> Architecture:
     if name not in architecture_names():
         raise ValueError(f"expected an architecture out of {', '.join(architecture_names())}, found '{name}'")
     data = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
-    unknown = set(data) - {"architecture", "tied", "defaults", "metadata", "tensors"}
-    unknown |= {key for spec in data["tensors"] for key in spec} - {"name", "shape", "kind", "type", "layers", "gain"}
-    unknown |= {spec["kind"] for spec in data["tensors"] if "kind" in spec} - set(KINDS)
+    tensors = data["tensors"]
+    unknown = set(data) - _TOP_KEYS
+    unknown |= {key for spec in tensors for key in spec} - _TENSOR_KEYS
+    unknown |= {spec["kind"] for spec in tensors if "kind" in spec} - set(KINDS)
     if unknown:
-        raise ValueError(f"architectures/{name}.json: expected only known keys and kinds, found {sorted(unknown)}")
+        raise ValueError(
+            f"{name}.json: expected only known keys and kinds, found {', '.join(sorted(unknown))}"
+        )
     return Architecture(
-        name, data["architecture"], tuple(data["tensors"]), data.get("metadata", {}), data.get("defaults", {}),
-        data.get("tied", False),
+        name=name,
+        architecture=data["architecture"],
+        tensors=tuple(tensors),
+        metadata=data.get("metadata", {}),
+        defaults=data.get("defaults", {}),
+        tied=data.get("tied", False),
     )

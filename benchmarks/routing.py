@@ -1,10 +1,10 @@
 """Gates of mixture-of-experts layers: how evenly tokens choose experts.
 
-A gate row's score for a token is close to normal, with a deviation that is the row's norm (the activations are
-normed, and random). Rows of equal norm are chosen equally often. For skewed routing the norms differ such that the
-expert of rank r is chosen about as often as 1 / (r + a): the popular half of the time, the last hardly ever, and
-still by the token, not by a constant. Works for every architecture, for a bias is not needed. Which expert is
-popular differs from layer to layer.
+A gate row's score for a token is close to normal, with a deviation that is the row's norm (the activations
+are normed, and random). Rows of equal norm are chosen equally often. For skewed routing the norms differ such
+that the expert of rank r is chosen about as often as 1 / (r + a): the first nearly half of the time, the last
+hardly ever, and still by the token, not by a constant. No bias is needed, so it works for every architecture.
+Which expert is popular differs from layer to layer.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import numpy as np
 
 from benchmarks.weights import RandomStream
 
-MOST_POPULAR = 0.45  # share of the tokens; a normal score passes any positive threshold less than half of the time
+# Share of the tokens; a normal score passes a positive threshold less than half of the time
+MOST_POPULAR = 0.45
 
 
 def popularity(experts: int, used: int, routing: str) -> np.ndarray:

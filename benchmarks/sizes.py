@@ -5,7 +5,7 @@ from __future__ import annotations
 from benchmarks.architecture import Architecture
 from benchmarks.weights import BLOCKS
 
-# up to this many bytes a weight-quantized model is this wide, and its FFN this wide: the shapes of Llama models
+# (bytes in Q4_0, embedding, ffn): up to so many bytes a dense model has this shape; Llama's, where it has one
 _WIDTHS = (
     (60e6, 512, 1536),
     (300e6, 1024, 2816),
@@ -36,8 +36,10 @@ def _width(architecture: Architecture, type: str, size: float, experts: int) -> 
     return embedding, ffn
 
 
-def fit(architecture: Architecture, type: str, size: int | None, tied: bool | None, given: dict[str, int]) -> dict[str, int]:
-    """All dimensions of a model of about `size` bytes. What `given` holds is kept; ValueError where nothing fits."""
+def fit(
+    architecture: Architecture, type: str, size: int | None, tied: bool | None, given: dict[str, int]
+) -> dict[str, int]:
+    """All dimensions of a model of about `size` bytes, `given` ones kept; ValueError where none fit."""
     dimensions = dict(given)
     experts = dimensions.get("experts", architecture.defaults.get("experts", 0))
     embedding, ffn = _width(architecture, type, size or 0, int(experts))
@@ -57,7 +59,7 @@ def fit(architecture: Architecture, type: str, size: int | None, tied: bool | No
         dimensions["layers"] = max(1, round((size - fixed) / (one - fixed)))
     if "ffn" not in given and abs(bytes_of() / size - 1) > 0.02:
         step = BLOCKS[type][0]
-        a_step = (bytes_of(ffn=2 * step) - bytes_of(ffn=step))
+        a_step = bytes_of(ffn=2 * step) - bytes_of(ffn=step)
         dimensions["ffn"] = max(1, round((size - bytes_of(ffn=step)) / a_step) + 1) * step
     if abs(bytes_of() / size - 1) > 0.05:
         raise ValueError(

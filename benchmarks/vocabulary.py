@@ -1,6 +1,6 @@
 """A made vocabulary of the SentencePiece kind, of any size.
 
-Any text is tokenized (single characters, then bytes) and comes back unchanged; the other pieces are made-up words.
+Any text is tokenized (ASCII characters, else bytes) and comes back unchanged; the rest are made-up words.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ def _pieces() -> Iterator[str]:
 
 
 def make_vocabulary(size: int) -> Vocabulary:
-    """A vocabulary of `size` tokens, at least 354 (special, bytes, ASCII); ValueError below that or above 2 million."""
-    pieces = list(islice(_pieces(), max(0, size - NUM_SPECIAL)))
+    """A vocabulary of `size` tokens; ValueError below 354 (special, bytes, ASCII) or above 2 million."""
     smallest = NUM_SPECIAL + 95
-    if size < smallest or len(pieces) < size - NUM_SPECIAL:
+    if not smallest <= size <= 2_000_000:
         raise ValueError(f"expected a vocabulary of {smallest} to 2,000,000 tokens, found {size}")
+    pieces = list(islice(_pieces(), size - NUM_SPECIAL))
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
     scores = [0.0] * NUM_SPECIAL + [-float(rank) for rank in range(len(pieces))]
     types = [_UNKNOWN, _CONTROL, _CONTROL] + [_BYTE] * 256 + [_NORMAL] * len(pieces)

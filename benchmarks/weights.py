@@ -109,9 +109,9 @@ def _fill_q6_k(data: np.ndarray, std: float) -> None:
     scales = np.where(np.arange(256) % 2, magnitudes, -magnitudes).astype(np.int8)
     mean_square = np.mean((np.arange(64.0) - 32) ** 2) * np.mean(scales.astype(float) ** 2)
     blocks[:, 192:208] = scales.view(np.uint8)[blocks[:, 192:208]]
-    halves[:, 104] = (_spread() * std / np.sqrt(mean_square)).astype(np.float16).view(np.uint16)[
-        halves[:, 104] & 255
-    ]
+    halves[:, 104] = (
+        (_spread() * std / np.sqrt(mean_square)).astype(np.float16).view(np.uint16)[halves[:, 104] & 255]
+    )
 
 
 def _fill_mxfp4(data: np.ndarray, std: float) -> None:
