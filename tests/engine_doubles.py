@@ -1,4 +1,4 @@
-"""Engines for tests of what stands above an engine: stock llama.cpp behind the interface, and a scripted one."""
+"""Engines for tests of what stands above an engine: stock llama.cpp, and a scripted one."""
 
 import time
 from types import SimpleNamespace
@@ -9,10 +9,9 @@ from edgeinfer.engines.llama import LlamaContext, LlamaModel
 
 
 def statistics(**values):
-    zeros = dict.fromkeys(
-        ["load_seconds", "resident_bytes", "streamed_bytes", "wait_seconds", "disk_bytes_per_second", "passes"], 0
-    )
-    return SimpleNamespace(**{**zeros, "budget_bytes": 1 << 30, "peak_memory_bytes": 1 << 20, **values})
+    names = "load_seconds resident_bytes streamed_bytes wait_seconds disk_bytes_per_second passes"
+    defaults = {**dict.fromkeys(names.split(), 0), "budget_bytes": 1 << 30, "peak_memory_bytes": 1 << 20}
+    return SimpleNamespace(**{**defaults, **values})
 
 
 class StockEngine:

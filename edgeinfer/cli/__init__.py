@@ -1,0 +1,77 @@
+"""The command `edgeinfer`: one module a command, imported only when it is used.
+
+Exit codes: 0 done (also when the reader of a pipe has seen enough), 1 an error that edgeinfer explains,
+2 a command line that cannot be read, 130 stopped by Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+
+import click
+
+from edgeinfer import __version__
+from edgeinfer.errors import EdgeInferError
+
+COMMANDS = ("run", "plan", "inspect")
+
+
+class _Commands(click.Group):
+    """Finds command NAME as the object `NAME` of the module edgeinfer.cli.NAME."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return None
+        module = f"{__name__}.{name}"
+        try:
+            return getattr(importlib.import_module(module), name)
+        except ModuleNotFoundError as error:
+            if error.name != module:
+                raise
+            return None
+
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            result = super().invoke(ctx)
+            sys.stdout.flush()
+            return result
+        except EdgeInferError as error:
+            raise click.ClickException(str(error)) from error
+        except KeyboardInterrupt:
+            click.echo(err=True)
+            ctx.exit(130)
+        except BrokenPipeError:
+            _silence_output()
+            ctx.exit(0)
+
+
+def _silence_output() -> None:
+    """Python flushes once more when it ends; let that go nowhere instead of into the closed pipe."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.dup2(nowhere, sys.stderr.fileno())
+    os.close(nowhere)
+
+
+@click.group(
+    cls=_Commands,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="`edgeinfer COMMAND --help` shows the options and examples of a command.",
+)
+@click.version_option(__version__, prog_name="edgeinfer")
+def cli() -> None:
+    """Run models that are larger than the memory they may use."""
+
+
+def main() -> None:
+    """Entry point of the `edgeinfer` command."""
+    # A terminal that cannot show a character gets "?" instead of a traceback.
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    cli(prog_name="edgeinfer")

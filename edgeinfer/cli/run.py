@@ -1,0 +1,148 @@
+"""`edgeinfer run`: let a model write, or chat with it."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from contextlib import closing
+from dataclasses import asdict
+from typing import Any
+
+import click
+
+import edgeinfer
+from edgeinfer.budget import format_size
+from edgeinfer.cli.chat import chat
+from edgeinfer.cli.progress import ProgressLine
+from edgeinfer.errors import PromptError
+
+
+def _finite(_ctx: click.Context, _param: click.Parameter, value: float) -> float:
+    if not math.isfinite(value):
+        raise click.BadParameter(f"{value} is not a finite number.")
+    return value
+
+
+@click.command(
+    epilog="""\b
+    Examples:
+      edgeinfer run -p "Once upon a time"
+      edgeinfer run big.gguf --memory 2GiB
+      cat question.txt | edgeinfer run big.gguf --memory 50% -n 200
+    """
+)
+@click.argument("model", required=False)
+@click.option("-p", "--prompt", help="The prompt. Without it: a chat on a terminal, else standard input.")
+@click.option("--memory", metavar="SIZE", help="Stay within 2GiB, 1500M, 50% ... Default: what is free now.")
+@click.option(
+    "-n", "tokens", metavar="TOKENS", type=click.IntRange(min=1), help="Write at most this many tokens."
+)
+@click.option(
+    "--temperature",
+    metavar="T",
+    type=click.FloatRange(min=0),
+    default=0.8,
+    show_default=True,
+    callback=_finite,
+    help="0 always takes the most probable token.",
+)
+@click.option(
+    "--top-p",
+    metavar="P",
+    type=click.FloatRange(min=0, min_open=True, max=1),
+    default=0.95,
+    show_default=True,
+    callback=_finite,
+    help="Choose among the most probable tokens that have this share together.",
+)
+@click.option("--seed", metavar="S", type=click.IntRange(0, 2**32 - 2), help="Makes the same choices again.")
+@click.option("--ctx", metavar="N", type=click.IntRange(1, 2**31 - 1), help="Tokens of context.")
+@click.option("--threads", metavar="N", type=click.IntRange(1, 512), help="Computing threads.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object: the text and all numbers.")
+def run(
+    model: str | None,
+    prompt: str | None,
+    memory: str | None,
+    tokens: int | None,
+    temperature: float,
+    top_p: float,
+    seed: int | None,
+    ctx: int | None,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """Let the GGUF file MODEL write, within a memory budget.
+
+    Without MODEL, the small story writer that comes with edgeinfer. A model with a chat template answers the
+    prompt, any other continues it.
+    """
+    is_chat = prompt is None and not as_json and _is_terminal(sys.stdin) and _is_terminal(sys.stdout)
+    if not is_chat:
+        prompt = _read_prompt() if prompt is None else prompt
+        if not prompt.strip():
+            raise PromptError("The prompt is empty. Give one with -p, or on standard input.")
+    options = {"max_tokens": tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+    with ProgressLine("Loading the model") as progress:
+        loaded = edgeinfer.load(model, memory=memory, ctx=ctx, threads=threads, progress=progress)
+    with loaded:
+        if is_chat:
+            chat(loaded, options)
+            if loaded.stats.generated_tokens:
+                click.echo(closing_line(loaded.stats), err=True)
+        else:
+            _write(loaded, prompt, options, as_json)
+
+
+def _is_terminal(stream: Any) -> bool:
+    return stream is not None and stream.isatty()
+
+
+def _read_prompt() -> str:
+    """Standard input, without the newline that `echo` adds."""
+    if sys.stdin is None:
+        raise PromptError("There is no standard input to read the prompt from. Give it with -p.")
+    if sys.stdin.isatty():
+        click.echo("Type the prompt, then Ctrl-D.", err=True)
+    try:
+        text = sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        found = f"byte {error.start} is {error.object[error.start]:#x}"
+        raise PromptError(f"The prompt on standard input is not UTF-8 text ({found}).") from None
+    return text.removesuffix("\n").removesuffix("\r")
+
+
+def _write(model: edgeinfer.Model, prompt: str, options: dict[str, Any], as_json: bool) -> None:
+    with ProgressLine("Reading the prompt") as progress:
+        if model.has_chat_template:
+            pieces = model.chat([{"role": "user", "content": prompt}], progress=progress, **options)
+        else:
+            pieces = model.generate(prompt, progress=progress, **options)
+        with closing(pieces):
+            for piece in pieces:
+                progress.done()
+                if not as_json:
+                    sys.stdout.write(piece)
+                    sys.stdout.flush()
+    if as_json:
+        click.echo(json.dumps(asdict(model.stats)))
+        return
+    click.echo()
+    if model.finish == "context":
+        click.echo(f"The context of {model.context_length:,} tokens is full; --ctx sets its size.", err=True)
+    click.echo(closing_line(model.stats), err=True)
+
+
+def closing_line(stats: edgeinfer.Stats) -> str:
+    """The numbers of a generation in one line."""
+    parts = []
+    if stats.tokens_per_second is not None:
+        parts.append(f"{stats.tokens_per_second:.3g} tokens/s")
+    elif stats.time_to_first_token_seconds is not None:
+        parts.append(f"first token after {stats.time_to_first_token_seconds:.2f} s")
+    parts.append(
+        f"peak memory {format_size(stats.peak_memory_bytes)} of {format_size(stats.budget_bytes)}"
+    )
+    parts.append(f"{format_size(round(stats.streamed_bytes_per_token))} read per token")
+    parts.append(f"{stats.disk_wait_fraction:.0%} of the time waiting for the disk")
+    return ", ".join(parts)
