@@ -10,11 +10,12 @@ _WIDTHS = (
     (60e6, 512, 1536),
     (300e6, 1024, 2816),
     (1.3e9, 2048, 5632),
-    (2.2e9, 3200, 8640),
+    (2.2e9, 2560, 6912),
     (6e9, 4096, 11008),
     (12e9, 5120, 13824),
     (float("inf"), 8192, 22016),
 )
+MOST_LAYERS = 64  # beyond that the FFN grows instead
 _EXPERT_NARROWING = 2  # models of many small experts are narrower than dense ones of their size
 _BYTES_PER_TOKEN = 24  # of a vocabulary entry in the metadata, about
 
@@ -55,8 +56,10 @@ def fit(
         return file_bytes(architecture, type, architecture.resolve({**dimensions, **change}), tied)
 
     if "layers" not in given:
-        fixed, one = bytes_of(layers=0), bytes_of(layers=1)
-        dimensions["layers"] = max(1, round((size - fixed) / (one - fixed)))
+        # not from the first layer, which may be of another kind
+        some, a_layer = bytes_of(layers=4), bytes_of(layers=5) - bytes_of(layers=4)
+        most = MOST_LAYERS if "ffn" not in given else 512
+        dimensions["layers"] = min(most, max(1, 4 + round((size - some) / a_layer)))
     if "ffn" not in given and abs(bytes_of() / size - 1) > 0.02:
         step = BLOCKS[type][0]
         a_step = bytes_of(ffn=2 * step) - bytes_of(ffn=step)

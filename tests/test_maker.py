@@ -189,6 +189,7 @@ def test_plans_meet_the_size(arch, type, size, dimensions):
     recipe = plan_model(arch, type, size=size, **dimensions)
     assert sum(tensor.nbytes for tensor in recipe.tensors) == pytest.approx(size, rel=0.05)
     assert {name: recipe.dimensions[name] for name in dimensions} == dimensions
+    assert recipe.dimensions["layers"] <= 64 and recipe.dimensions["ffn"] >= 256
 
 
 def test_a_3_gb_llama_has_the_shape_of_a_7b():
