@@ -164,7 +164,9 @@ def test_full_context_is_said(run):
     assert result.stderr.startswith("The context of 10 tokens is full; --ctx sets its size.\n")
 
 
-def test_closing_line_of_one_token():
+def test_closing_line():
+    assert closing_line(Stats(tokens_per_second=0.9476)).startswith("0.948 tokens/s, ")
+    assert closing_line(Stats(tokens_per_second=1234.5)).startswith("1,234 tokens/s, ")
     stats = Stats(time_to_first_token_seconds=1.234, disk_wait_fraction=0.456, budget_bytes=3 << 30)
     stats = Stats(**{**vars(stats), "streamed_bytes_per_token": 2.5 * 2**30, "peak_memory_bytes": 2 << 30})
     assert closing_line(stats) == (

@@ -137,7 +137,8 @@ def closing_line(stats: edgeinfer.Stats) -> str:
     """The numbers of a generation in one line."""
     parts = []
     if stats.tokens_per_second is not None:
-        parts.append(f"{stats.tokens_per_second:.3g} tokens/s")
+        speed = stats.tokens_per_second
+        parts.append(f"{speed:,.0f} tokens/s" if speed >= 100 else f"{speed:.3g} tokens/s")
     elif stats.time_to_first_token_seconds is not None:
         parts.append(f"first token after {stats.time_to_first_token_seconds:.2f} s")
     parts.append(
