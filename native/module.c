@@ -416,7 +416,7 @@ static PyObject *py_pager_statistics(PyObject *object, PyObject *unused)
     bool direct = self->pager.num_sources > 0;
     for (size_t i = 0; i < self->pager.num_sources; i++)
         direct = direct && atomic_load(&self->pager.sources[i].direct);
-    return Py_BuildValue("{sKsKsKsdsKsdsKsKsKsO}", "read_bytes", s.read_bytes, "resident_bytes", s.resident_bytes,
+    return Py_BuildValue("{sdsKsKsKsdsKsdsKsKsKsO}", "pass_fraction", s.pass_fraction, "read_bytes", s.read_bytes, "resident_bytes", s.resident_bytes,
                          "row_bytes", s.row_bytes, "wait_seconds", (double)s.wait_ns * 1e-9, "waits", s.waits,
                          "busy_seconds", (double)s.busy_ns * 1e-9, "passes", s.passes, "ring_wraps", s.ring_wraps,
                          "reorders", s.reorders, "direct", direct ? Py_True : Py_False);

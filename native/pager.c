@@ -481,6 +481,8 @@ void pager_copy_statistics(pager *p, pager_statistics *out)
 {
     pthread_mutex_lock(&p->lock);
     *out = p->statistics;
+    if (p->num_uses > 0)
+        out->pass_fraction = (double)(p->cursor % p->num_uses) / (double)p->num_uses;
     if (p->in_flight > 0)
         out->busy_ns += now_ns() - p->busy_since_ns;
     pthread_mutex_unlock(&p->lock);

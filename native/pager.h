@@ -56,6 +56,7 @@ typedef struct {
     uint64_t passes;
     uint64_t ring_wraps;
     uint64_t reorders;       /* blocks asked for out of order */
+    double pass_fraction;    /* uses acquired of the current pass */
 } pager_statistics;
 
 typedef struct {

@@ -1,0 +1,102 @@
+"""What a model holds besides its weights: measured while it is loaded, so that the rest of the budget is for weights."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from edgeinfer.budget import format_size, process_memory
+from edgeinfer.engines.llama import LlamaContext, recent_log
+from edgeinfer.errors import BudgetError
+from edgeinfer.modelfile import GGUFArray, ModelFile
+from edgeinfer.plan import WeightUse
+
+_MIB = 1 << 20
+_PAGE = 4096
+#: Allocator fragments, thread stacks and Python objects that come and go while running.
+_SLACK = 12 * _MIB
+_COMPUTE_BUFFER = re.compile(r"compute buffer size\s*=\s*([0-9.]+) MiB")
+
+
+class Overhead:
+    """Ledger entries, filled in while the model is being loaded. Construct before, then call the methods in order."""
+
+    def __init__(self, file: ModelFile, ubatch: int):
+        self._file = file
+        self._ubatch = ubatch
+        self._entries: dict[str, int] = {"interpreter": process_memory().rss_bytes}
+        self._last = self._entries["interpreter"]
+
+    def _grown(self) -> int:
+        now = process_memory().rss_bytes
+        grown, self._last = max(0, now - self._last), max(now, self._last)
+        return grown
+
+    def model_loaded(self) -> None:
+        self._entries["metadata"] = self._grown()
+
+    def context_made(self, context: LlamaContext, outputs_max: int) -> None:
+        """llama.cpp clears a new KV cache, so all of it is touched now; its other buffers are touched in use."""
+        touched = self._grown()
+        expected = kv_bytes_per_token(self._file) * context.context_length
+        self._entries["kv_cache"] = max(touched, expected)
+        self._entries["compute_buffers"] = _compute_buffer_bytes()
+        self._entries["logits"] = 2 * outputs_max * (self._file.vocab_size or 0) * 4
+
+    def entries(self, uses: Sequence[WeightUse]) -> dict[str, int]:
+        """All entries that are not weights nor ring."""
+        entries = dict(self._entries)
+        tensors = [self._file.tensor(use.name) for use in uses]
+        # ggml converts a product's activations to the format of its kernel: 4 bytes a value at most.
+        widest = max((tensor.shape[0] for tensor in tensors), default=0)
+        entries["compute_buffers"] += 4 * widest * self._ubatch
+        rows = [self._file.tensor(use.name) for use in uses if use.rows]
+        entries["row_buffer"] = sum(
+            self._ubatch * (tensor.nbytes // max(1, tensor.shape[1]) + 2 * _PAGE) for tensor in rows
+        )
+        weights = sum({tensor.name: tensor.nbytes for tensor in tensors}.values())
+        entries["load_peak"] = _SLACK + weights // 512  # page tables: 8 bytes a page
+        return entries
+
+
+def _compute_buffer_bytes() -> int:
+    """Of the context that was made last, from llama.cpp's log; a guess on the safe side where it does not say."""
+    sizes = [float(match[1]) for line in recent_log() if (match := _COMPUTE_BUFFER.search(line))]
+    return int(sizes[-1] * _MIB) if sizes else 256 * _MIB
+
+
+def kv_bytes_per_token(file: ModelFile) -> int:
+    """Bytes of keys and values (float16) that one token takes in all layers, as the metadata tells."""
+
+    def number(key: str, default: int = 0) -> list[int]:
+        value = file.metadata.get(f"{file.architecture}.{key}", default)
+        if isinstance(value, GGUFArray):
+            values = [item for item in value.values or () if type(item) is int]
+            return values or [default]
+        return [value if type(value) is int else default]
+
+    heads = max(1, max(number("attention.head_count", 1)))
+    head_dim = (file.embedding_length or 0) // heads
+    key_dim = max(number("attention.key_length", head_dim))
+    value_dim = max(number("attention.value_length", head_dim))
+    kv_heads = number("attention.head_count_kv", heads)
+    if len(kv_heads) == 1:
+        kv_heads = kv_heads * file.num_layers
+    latent = max(number("attention.kv_lora_rank"))
+    if latent:  # multi-head latent attention keeps one compressed key a layer
+        return file.num_layers * (latent + max(number("rope.dimension_count", 64))) * 2
+    return sum(kv_heads) * (key_dim + value_dim) * 2
+
+
+def check_kv_cache_fits(file: ModelFile, context_length: int, budget_bytes: int) -> None:
+    """Raise BudgetError, naming the --ctx that fits, before llama.cpp would take a KV cache beyond the budget."""
+    per_token = kv_bytes_per_token(file)
+    room = budget_bytes - process_memory().rss_bytes
+    if per_token == 0 or per_token * context_length <= max(room, 0) or room < 0:
+        return
+    fits = room // 2 // per_token // 256 * 256
+    advice = f"--ctx {fits} fits" if fits > 0 else "no --ctx fits: raise --memory"
+    raise BudgetError(
+        f"The KV cache of {context_length} tokens takes {format_size(per_token * context_length)}, more than the budget "
+        f"of {format_size(budget_bytes)} leaves. Use a smaller context ({advice}), or raise --memory."
+    )

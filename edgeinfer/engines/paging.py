@@ -1,0 +1,256 @@
+"""A GGUF model whose weights are brought in by the pager: loading without reading, the order of use, the binding.
+
+Mechanism of llama.cpp that this rests on: model files are mapped, so every weight has an address at base + offset;
+the graph callback sees every node, with its weights, before it is computed; the CPU reads a weight wherever its
+`data` points. So the mapping is replaced by address space that cannot be touched, resident weights are read to their
+own places in it, and the others point into the ring for the time of their use.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import logging
+import threading
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import llama_cpp
+
+from edgeinfer import _native
+from edgeinfer.engines.llama import LlamaContext, LlamaModel
+from edgeinfer.errors import EngineError, ReadError
+from edgeinfer.modelfile import ModelFile, TensorInfo
+from edgeinfer.plan import Plan, WeightUse
+
+log = logging.getLogger("edgeinfer")
+
+# Tables that are looked up by the ids of a pass's tokens, which are known before it starts.
+TOKEN_TABLES = frozenset({"token_embd.weight", "per_layer_token_embd.weight"})
+
+_RESIDENT, _STREAMED, _ROWS = 0, 1, 2
+_FUNCTIONS = (
+    "ggml_init ggml_free ggml_new_tensor_1d ggml_new_tensor_2d ggml_new_tensor_3d ggml_mul_mat_id ggml_get_rows "
+    "ggml_view_1d ggml_reshape_1d ggml_permute ggml_transpose ggml_op_name ggml_set_name ggml_set_input "
+    "ggml_tensor_overhead"
+).split()
+_one_load = threading.Lock()
+
+
+def make_hook() -> _native.Hook:
+    """The graph hook, after checking that the loaded llama.cpp lays out its tensors as the hook reads them."""
+    library = llama_cpp.llama_cpp._lib
+    try:
+        addresses = {
+            name: ctypes.cast(getattr(library, name), ctypes.c_void_p).value for name in _FUNCTIONS
+        }
+        return _native.Hook(addresses)
+    except (AttributeError, RuntimeError) as error:
+        raise EngineError(
+            f"This llama.cpp ({llama_cpp.__version__}) is not one that edgeinfer can stream weights through: {error}. "
+            "Install llama-cpp-python 0.3.36 or a later 0.3."
+        ) from error
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """A weight tensor of the loaded model, as recorded."""
+
+    tensor: int
+    home: int
+    name: str
+    rows: bool
+    through_view: bool
+
+
+class PagedModel:
+    """A llama.cpp model loaded without reading, and after `arm` the pager that feeds it.
+
+    Life: construct, make a LlamaContext with `context_callbacks`, `record`, then `arm` with a plan. Every pass is
+    `begin_pass(tokens)`, llama_decode, `end_pass`. Close the context before this.
+    """
+
+    def __init__(self, file: ModelFile):
+        self.file = file
+        self.hook = make_hook()
+        self.pager: _native.Pager | None = None
+        self._ring: _native.Arena | None = None
+        self._row_blocks: list[tuple[int, int]] = []
+        self.model, self._bases = self._load()
+        self.hook.set_ranges([(base, base + size) for base, size in zip(self._bases, file.part_bytes)])
+
+    def _load(self) -> tuple[LlamaModel, list[int]]:
+        parts = [path.stat() for path in self.file.paths]
+
+        def load() -> LlamaModel:
+            return LlamaModel(
+                self.file.paths[0], load_mode=llama_cpp.LLAMA_LOAD_MODE_MMAP, use_extra_bufts=False
+            )
+
+        with _one_load:
+            model, addresses = _native.load_without_reading(
+                llama_cpp.llama_cpp._lib._name, [(part.st_dev, part.st_ino, part.st_size) for part in parts], load
+            )
+        if None in addresses:
+            model.close()
+            raise EngineError(
+                "llama.cpp did not map the model file as expected, so its weights cannot be streamed. "
+                "Give a larger --memory, so that the model fits."
+            )
+        return model, addresses
+
+    @property
+    def context_callbacks(self) -> dict[str, int]:
+        hook = self.hook
+        return {
+            "cb_eval": hook.evaluate_address,
+            "cb_data": hook.data_address,
+            "abort": hook.abort_address,
+            "abort_data": hook.data_address,
+        }
+
+    def record(self, context: LlamaContext) -> tuple[WeightUse, ...]:
+        """The uses of weights in one pass, in order, from dry passes of one token and of a full batch.
+
+        A dry pass asks about every node and stops before the second one is computed; the weights read as zeros.
+        """
+        from edgeinfer.engines.llama import DecodeAborted
+
+        self.hook.record(True)
+        try:
+            for count in (1, min(context.ubatch, context.context_length)):
+                self.hook.begin_pass()
+                try:
+                    context.decode([0] * count)
+                except DecodeAborted:
+                    pass
+                context.truncate(0)
+        finally:
+            self.hook.record(False)
+        passes: dict[int, list[_Seen]] = {}
+        for tensor, data, name, recording, _, rows, through_view in self.hook.records():
+            passes.setdefault(recording, []).append(_Seen(tensor, data, name, rows, through_view))
+        if not passes:
+            raise EngineError("llama.cpp's graph shows no weights of the model.")
+        self._seen = [seen for uses in passes.values() for seen in uses]
+        order = max(passes.values(), key=len)
+        known = {seen.name for seen in order}
+        order = order + [seen for seen in self._seen if seen.name not in known]
+        return tuple(self._as_use(seen) for seen in order)
+
+    def _as_use(self, seen: _Seen) -> WeightUse:
+        info = self._info(seen)
+        return WeightUse(info.name, info.nbytes, seen.rows, seen.through_view)
+
+    def _info(self, seen: _Seen) -> TensorInfo:
+        """The file's entry for a tensor; its address must be where the file says."""
+        info = self.file.tensor(seen.name)
+        if seen.home != self._bases[info.part] + info.offset:
+            raise EngineError(f"llama.cpp placed weight {seen.name!r} where the file does not have it.")
+        return info
+
+    def arm(self, plan: Plan, uses: Sequence[WeightUse]) -> None:
+        """Guard the address space, open what is resident, and start reading in the order of use."""
+        known = {use.name for use in uses}
+        infos = {name: self.file.tensor(name) for name in known}
+        self._guard(infos.values())
+        blocks: list[tuple[int, int, int, int, int]] = []
+        products: dict[str, int] = {}
+        for name, info in infos.items():
+            home = self._bases[info.part] + info.offset
+            if name in plan.rows:
+                self._row_blocks.append((len(blocks), info.nbytes // info.shape[1]))
+                blocks.append((info.part, _ROWS, info.offset, info.nbytes, home))
+            if name in plan.resident or name in plan.streamed:
+                kind = _RESIDENT if name in plan.resident else _STREAMED
+                if kind == _RESIDENT:
+                    _native.open_pages(home, info.nbytes)
+                products[name] = len(blocks)
+                blocks.append((info.part, kind, info.offset, info.nbytes, home))
+        order = [
+            products[use.name] for use in uses if use.name in products and not (use.rows and use.name in plan.rows)
+        ]
+        self._ring = _native.Arena(plan.ring_bytes) if plan.ring_bytes else None
+        self.pager = _native.Pager(
+            [(str(path), plan.direct) for path in self.file.paths],
+            blocks,
+            order,
+            self._ring,
+            plan.chunk_bytes,
+            plan.reading_threads,
+        )
+        weights = {
+            seen.tensor: (
+                seen.tensor,
+                seen.home,
+                products.get(seen.name, -1),
+                seen.name in plan.streamed,
+                seen.name in plan.rows,
+            )
+            for seen in self._seen
+        }
+        self.hook.bind(self.pager, list(weights.values()))
+
+    def _guard(self, infos: Sequence[TensorInfo]) -> None:
+        """From now on a weight that is absent cannot be read: a mistake stops the process, never bends a result."""
+        page = _native.PAGE_BYTES
+        for part, base in enumerate(self._bases):
+            places = [(info.offset, info.offset + info.nbytes) for info in infos if info.part == part]
+            if places:
+                start = base + min(places)[0] // page * page
+                end = base + -(-max(end for _, end in places) // page) * page
+                _native.guard_pages(start, end - start)
+
+    def begin_pass(self, tokens: Sequence[int]) -> None:
+        """Before llama_decode of `tokens`: check the files, bring in the rows that the tokens look up."""
+        self._checked(self.pager.begin_pass)
+        self.hook.begin_pass()
+        for block, row_bytes in self._row_blocks:
+            self._checked(self.pager.open_rows, block, row_bytes, array("i", tokens))
+
+    def end_pass(self) -> None:
+        """After llama_decode, however it ended. Raises ReadError when what was computed may be wrong."""
+        self.hook.end_pass()
+        for block, _ in self._row_blocks:
+            self.pager.close_rows(block)
+        self._checked(self.pager.end_pass)
+
+    def _checked(self, call: Callable, *arguments: object) -> None:
+        try:
+            call(*arguments)
+        except OSError as error:
+            if error.errno == errno.ECANCELED:
+                raise
+            raise ReadError(_explain(error)) from error
+
+    def pass_fraction(self) -> float:
+        """How much of the current pass's order of use is done, 0 to 1. From any thread."""
+        return self.pager.statistics()["pass_fraction"]
+
+    def statistics(self) -> dict:
+        return self.pager.statistics()
+
+    def abort(self) -> None:
+        """From any thread: end the pass that is being computed."""
+        if self.pager is not None:
+            self.pager.abort()
+
+    def close(self) -> None:
+        self.hook.unbind()
+        pager, self.pager = self.pager, None
+        if pager is not None:
+            pager.close()
+        self._ring = None
+        self.model.close()
+
+
+def _explain(error: OSError) -> str:
+    advice = {
+        errno.ESTALE: "The answer was stopped. Leave the file alone while it runs, and load the model again.",
+        errno.ENODATA: "The answer was stopped. Restore the file and load the model again.",
+        errno.EIO: "The disk could not read it. Check the disk, copy the model elsewhere and load it again.",
+    }
+    return f"The model file could not be used any more: {error.strerror}. " + advice.get(
+        error.errno, "The answer was stopped; load the model again."
+    )

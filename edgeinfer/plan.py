@@ -1,0 +1,212 @@
+"""Which weights stay, which are streamed: a plan for one model under one budget.
+
+A dense model uses its weights in the same order for every token, so a cache that replaces by age never hits: the plan
+keeps a fixed part and streams the rest, spread evenly over the pass (balanced locking, FlexInfer), through a ring that
+is read ahead. Time per token is bounded below by max(compute, streamed bytes / disk bandwidth).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from edgeinfer.budget import Ledger, format_size
+from edgeinfer.errors import BudgetError
+
+MIB = 1 << 20
+SMALL_BYTES = 256 << 10  # norms, biases, gates: streaming them would cost more waits than it saves bytes
+MIN_RING_BYTES = 16 * MIB
+
+
+@dataclass(frozen=True)
+class WeightUse:
+    """One use of a weight in a pass, in order. `through_view`: its address is baked into the graph when it is built."""
+
+    name: str
+    nbytes: int
+    rows: bool = False  # only some rows are looked up, by token id
+    through_view: bool = False
+
+
+@dataclass(frozen=True)
+class Device:
+    """What the machine does, measured: bytes of weights computed per second, by ggml type, and bytes read per second."""
+
+    disk_bytes_per_second: float
+    compute_bytes_per_second: Mapping[str, float] = field(default_factory=dict)
+    default_compute_bytes_per_second: float = 5e9
+
+    def compute_seconds(self, weight_type: str, nbytes: int) -> float:
+        return nbytes / self.compute_bytes_per_second.get(weight_type, self.default_compute_bytes_per_second)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where each weight lives. Names in none of the three sets are streamed.
+
+    `resident`: read once, kept. `rows`: tables of which the rows of each pass are read. `streamed`: read for every
+    use, through a ring of `ring_bytes`. `ledger`: what everything holds, in bytes that are touched.
+    """
+
+    mode: str  # "streaming" or "in-memory"
+    resident: frozenset[str]
+    streamed: frozenset[str]
+    rows: frozenset[str]
+    ring_bytes: int
+    budget_bytes: int = 0
+    ledger: Ledger = field(default_factory=Ledger)
+    chunk_bytes: int = MIB
+    reading_threads: int = 4
+    direct: bool = True
+    predicted_tokens_per_second: float | None = None
+
+    @property
+    def overhead_bytes(self) -> int:
+        """What the budget pays for that is not weights nor room to stream them: the fixed overhead."""
+        entries = self.ledger.entries
+        return self.ledger.total - sum(entries.get(name, 0) for name in ("resident_weights", "ring"))
+
+
+def _span(nbytes: int) -> int:
+    """Bytes that a streamed block takes in the ring: whole blocks of the disk around it, at worst."""
+    return nbytes + 2 * 4096
+
+
+def smallest_ring(sizes: Sequence[int]) -> int:
+    """The ring that can hold the largest streamed weight and the next one, wherever they fall in it."""
+    largest = max(sizes, default=0)
+    return 2 * _span(largest) if largest else 0
+
+
+def ring_for(sizes: Sequence[int]) -> int:
+    """The ring that keeps the disk busy: one weight in use, one complete, and one being read."""
+    largest = max(sizes, default=0)
+    return max(3 * _span(largest), MIN_RING_BYTES) if largest else 0
+
+
+def spread(uses: Sequence[WeightUse], streamable: set[str], wanted_bytes: int) -> set[str]:
+    """Names out of `streamable` of at least `wanted_bytes`, spread evenly over the bytes of the pass.
+
+    Error diffusion: going through the pass, a weight is streamed when the streamed bytes so far lag behind their
+    share of all bytes so far. What is then too much is taken back, largest first.
+    """
+    total = sum(use.nbytes for use in uses)
+    sizes = {use.name: use.nbytes for use in uses}
+    chosen: set[str] = set()
+    done = streamed = 0
+    for use in uses:
+        done += use.nbytes
+        lag = wanted_bytes * done / total - streamed
+        if use.name in streamable and use.name not in chosen and lag >= use.nbytes / 2:
+            chosen.add(use.name)
+            streamed += use.nbytes
+    rest = [use.name for use in uses if use.name in streamable and use.name not in chosen]
+    rest.sort(key=lambda name: sizes[name])
+    while streamed < wanted_bytes and rest:
+        missing = wanted_bytes - streamed
+        name = next((n for n in rest if sizes[n] >= missing), rest[-1])
+        rest.remove(name)
+        chosen.add(name)
+        streamed += sizes[name]
+    for name in sorted(chosen, key=lambda name: -sizes[name]):
+        if streamed - sizes[name] >= wanted_bytes:
+            chosen.remove(name)
+            streamed -= sizes[name]
+    return chosen
+
+
+def make_plan(
+    uses: Sequence[WeightUse],
+    budget_bytes: int,
+    overhead: Mapping[str, int],
+    device: Device,
+    types: Mapping[str, str],
+    can_be_rows: frozenset[str] = frozenset(),
+) -> Plan:
+    """The plan that streams least under `budget_bytes`; `overhead`: ledger entries of all that is not weights.
+
+    Raises BudgetError, with the smallest budget that works, when even streaming everything that can be does not fit.
+    """
+    sizes = {use.name: use.nbytes for use in uses}
+    rows = frozenset(
+        use.name for use in uses if use.rows and use.name in can_be_rows and use.nbytes > SMALL_BYTES
+    )
+    products = [use for use in uses if not use.rows or use.name not in rows]
+    pinned = {use.name for use in uses if use.through_view or use.nbytes <= SMALL_BYTES or use.rows} - rows
+    names = {use.name for use in products}
+    total = sum(sizes[name] for name in names)
+    capacity = budget_bytes - sum(overhead.values())
+
+    if total <= capacity:
+        best = (names, set(), 0)
+    else:
+        best = _choose_streamed(products, names - pinned, sizes, total, capacity)
+    if best is None:
+        smallest = sum(overhead.values()) + _smallest_weights(names, pinned, sizes)
+        raise BudgetError(
+            f"The budget of {format_size(budget_bytes)} is too small for this model: the smallest that works is "
+            f"{format_size(smallest + MIB)} ({smallest + MIB} bytes). Raise --memory, or shorten --ctx to make the KV "
+            "cache smaller.",
+            smallest_bytes=smallest + MIB,
+        )
+    resident, streamed, ring = best
+    entries = dict(overhead, resident_weights=sum(sizes[name] for name in resident), ring=ring)
+    plan = Plan(
+        mode="streaming",
+        resident=frozenset(resident),
+        streamed=frozenset(streamed),
+        rows=rows,
+        ring_bytes=ring,
+        budget_bytes=budget_bytes,
+        ledger=Ledger(entries),
+    )
+    return _with_prediction(plan, products, device, types)
+
+
+def _choose_streamed(
+    uses: Sequence[WeightUse], streamable: set[str], sizes: Mapping[str, int], total: int, capacity: int
+) -> tuple[set[str], set[str], int] | None:
+    """(resident, streamed, ring bytes) that streams the fewest bytes. None where nothing fits.
+
+    Streaming only weights up to some size keeps the ring small and the rest resident; every size is tried, first
+    with a ring that keeps the disk busy, then with the smallest that works.
+    """
+    best = None
+    for ring_rule in (ring_for, smallest_ring):
+        for limit in sorted({sizes[name] for name in streamable}):
+            below = {name for name in streamable if sizes[name] <= limit}
+            ring = ring_rule([limit])
+            wanted = total + ring - capacity
+            if wanted > sum(sizes[name] for name in below):
+                continue
+            chosen = spread(uses, below, max(wanted, 1))
+            streamed_bytes = sum(sizes[name] for name in chosen)
+            if best is None or streamed_bytes < best[0]:
+                best = (streamed_bytes, chosen, ring)
+        if best is not None:
+            break
+    if best is None:
+        return None
+    _, chosen, ring = best
+    return {use.name for use in uses} - chosen, chosen, ring
+
+
+def _smallest_weights(names: set[str], pinned: set[str], sizes: Mapping[str, int]) -> int:
+    """Bytes of weights and ring that the smallest budget must hold."""
+    base = sum(sizes[name] for name in names & pinned)
+    free = sorted((sizes[name] for name in names - pinned), reverse=True)
+    best = base + sum(free)
+    kept = 0
+    for largest in free:  # the ones before it are kept, it and the rest are streamed
+        best = min(best, base + kept + smallest_ring([largest]))
+        kept += largest
+    return best
+
+
+def _with_prediction(plan: Plan, uses: Sequence[WeightUse], device: Device, types: Mapping[str, str]) -> Plan:
+    compute = sum(device.compute_seconds(types.get(use.name, ""), use.nbytes) for use in uses)
+    streamed = sum(use.nbytes for use in uses if use.name in plan.streamed)
+    seconds = max(compute, streamed / device.disk_bytes_per_second)
+    from dataclasses import replace
+
+    return replace(plan, predicted_tokens_per_second=1 / seconds if seconds > 0 else None)
