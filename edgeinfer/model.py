@@ -27,7 +27,7 @@ class Stats:
     peak_memory_bytes: int = 0  # of the whole process so far
     resident_bytes: int = 0  # weights that stay in memory
     streamed_bytes_per_token: float = 0.0
-    disk_bytes_per_second: float | None = None  # as measured for the plan
+    disk_bytes_per_second: float | None = None  # while reading; None: nothing was read
     disk_wait_fraction: float = 0.0  # of the time after the first token
     mode: str = "in-memory"  # or "streaming"
 

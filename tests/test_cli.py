@@ -158,6 +158,13 @@ def test_ctrl_c_exits_with_130(run):
     assert result.stderr == "\n"
 
 
+def test_a_system_that_cannot_stream_is_told(run, monkeypatch):
+    monkeypatch.setattr("edgeinfer.cli.run.streaming_support", lambda: False)
+    result = run("-p", "x")
+    assert (result.exit_code, result.stdout) == (0, "Hello there\n")
+    assert result.stderr.startswith("Streaming is off on this system: the model is held in memory")
+
+
 def test_full_context_is_said(run):
     result = run("-p", "x", pieces=[b"a"] * 50, context_length=10)
     assert result.stdout == "a" * 10 + "\n"

@@ -16,6 +16,7 @@ from edgeinfer.budget import format_size
 from edgeinfer.cli.chat import chat
 from edgeinfer.cli.progress import ProgressLine
 from edgeinfer.errors import PromptError
+from edgeinfer.system import streaming_support
 
 
 def _finite(_ctx: click.Context, _param: click.Parameter, value: float) -> float:
@@ -85,6 +86,10 @@ def run(
     options = {"max_tokens": tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
     with ProgressLine("Loading the model") as progress:
         loaded = edgeinfer.load(model, memory=memory, ctx=ctx, threads=threads, progress=progress)
+    if not streaming_support():
+        click.echo(
+            "Streaming is off on this system: the model is held in memory, whatever --memory says.", err=True
+        )
     with loaded:
         if is_chat:
             chat(loaded, options)
