@@ -10,6 +10,8 @@
                   expressions) and gain (a factor on the usual standard deviation)
 
 An expression is a sum of products of dimensions and numbers: "heads*head_size+2*kv_heads*head_size".
+Attention outputs have a gain of 0.5: attention averages over random tokens, which leaves what they have in
+common; at full strength this grows from layer to layer until every token chooses the same experts.
 Kinds: matrix (the default), embedding, output, expert_output, gate, norm, bias.
 """
 

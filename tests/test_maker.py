@@ -90,7 +90,7 @@ def assert_runs(path):
     assert (logits.std(axis=1) > 0.03).all(), "the logits hardly differ between tokens"
     assert (logits.std(axis=1) < 10).all()
     correlations = np.corrcoef(logits)[np.triu_indices(len(logits), 1)]
-    assert correlations.max() < 0.95, "two positions have nearly the same logits"
+    assert correlations.max() < 0.98, "two positions have nearly the same logits"
     assert (logits.argmax(axis=1) >= 259).all(), "a special token or byte wins"
 
 
@@ -254,14 +254,14 @@ def measured_shares(path, experts, used):
 @pytest.mark.parametrize("arch", EXPERT_ARCHITECTURES)
 def test_routing_is_spread_or_skewed(models, arch):
     experts, used = 32, 4
-    options = {"experts": experts, "experts_used": used, "vocabulary": 4096, "layers": 4, "ffn": 64}
+    options = {"experts": experts, "experts_used": used, "vocabulary": 4096, "layers": 6, "ffn": 64}
     spread, _ = measured_shares(tiny_model(models, arch, "Q8_0", **options), experts, used)
     skewed, favourites = measured_shares(
         tiny_model(models, arch, "Q8_0", routing="skewed", **options), experts, used
     )
     assert len(spread) == len(skewed) >= 3
-    assert spread.max() < 0.35 and spread.min() > 0.02
-    assert spread[:, : experts // 4].sum(axis=1).mean() / used < 0.4
+    assert spread.max() < 0.3 and spread.min() > 0.04
+    assert spread[:, : experts // 4].sum(axis=1).mean() / used < 0.35
     expected = popularity(experts, used, "skewed")
     assert expected[0] > 8 * expected[-1] and expected[: experts // 4].sum() / used > 0.5
     assert skewed.mean(axis=0) == pytest.approx(expected, abs=0.08)
