@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ pytestmark = pytest.mark.skipif(not DATA, reason="EDGEINFER_TEST_DATA (real mode
 STORIES = Path(DATA or "", "lm/stories260K.gguf")
 MIXTURE = Path(DATA or "", "lm/stories260K-moe4x.gguf")
 RUN = [sys.executable, "-m", "edgeinfer", "run"]
+SMALL_BUDGET = "200MiB"  # the slow model does not fit
 PROMPT = "Once upon a time, there was a little girl"
 
 
@@ -111,6 +113,42 @@ def test_ctrl_c_ends_a_run_at_once(slow_model):
     assert time.monotonic() - start < 1.5  # half a second, and the end of a Python process
     assert process.returncode == 130
     assert errors == b"\n"
+
+
+def test_streamed_answer_equals_stock_and_stays_in_the_budget(slow_model):
+    options = {"n_ctx": 256, "n_threads": 1, "n_threads_batch": 1, "flash_attn": True, "verbose": False}
+    llama = llama_cpp.Llama(str(slow_model), **options)
+    expected = llama(PROMPT, max_tokens=12, temperature=0, repeat_penalty=1.0)["choices"][0]["text"]
+    llama.close()
+    options = ["--memory", SMALL_BUDGET, "--ctx", 256, "--threads", 1, "-n", 12, "--temperature", 0, "--json"]
+    result = run(slow_model, "-p", PROMPT, *options)
+    assert result.returncode == 0, result.stderr.decode()
+    answer = json.loads(result.stdout)
+    assert answer["mode"] == "streaming"
+    assert answer["text"] == expected
+    assert answer["peak_memory_bytes"] <= answer["budget_bytes"]
+    assert answer["streamed_bytes_per_token"] > 10e6
+    assert answer["disk_bytes_per_second"] > 1e6
+
+
+def test_ctrl_c_in_the_middle_of_a_streamed_prefill(slow_model):
+    options = ["--memory", SMALL_BUDGET, "--ctx", "1200", "--threads", "1"]
+    with Terminal([*RUN, str(slow_model), *options]) as terminal:
+        terminal.wait_for("> ")
+        terminal.type("a b c d e " * 80 + "\n")
+        terminal.wait_for("a b c d e \r\n")
+        time.sleep(0.3)
+        terminal.type("\x03")
+        assert terminal.wait_for("Stopped.") < 0.5
+        answer = terminal.screen.rpartition("a b c d e \r\n")[2].partition("Stopped.")[0]
+        assert not re.search("[a-z]{3}", answer)  # it was the prefill that stopped
+        terminal.wait_for("> ")
+        terminal.type("go on\n")
+        terminal.wait_for(r"go on\r\n.{10}")
+        terminal.type("\x03")
+        terminal.wait_for("> ")
+        terminal.type("\x04")
+        assert terminal.exit_code() == 0
 
 
 def test_chat_on_a_terminal(slow_model):

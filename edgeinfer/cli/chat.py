@@ -59,13 +59,12 @@ def _answer(model: edgeinfer.Model, messages: list[dict[str, str]], options: dic
                     shown.append(piece)
                     sys.stdout.write(piece)
                     sys.stdout.flush()
+            click.echo()
             if model.finish == "context":
-                click.echo()
                 _note(f"The context of {model.context_length:,} tokens is full; --ctx sets its size.")
         except KeyboardInterrupt:
             progress.done()
             _note(" Stopped.")
-    click.echo()
     return "".join(shown)
 
 
