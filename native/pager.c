@@ -80,7 +80,8 @@ static bool ring_allocate(pager *p, use *u)
         head += p->ring_bytes - place;
     if (head + span - p->ring_tail > p->ring_bytes)
         return false;
-    p->statistics.ring_wraps += head / p->ring_bytes != p->ring_head / p->ring_bytes;
+    if (head / p->ring_bytes > p->statistics.ring_wraps)
+        p->statistics.ring_wraps = head / p->ring_bytes;
     u->streamed.to = p->ring + head % p->ring_bytes;
     u->ring_end = p->ring_head = head + span;
     return true;

@@ -54,7 +54,7 @@ typedef struct {
     uint64_t waits;
     uint64_t busy_ns;        /* at least one read was in flight */
     uint64_t passes;
-    uint64_t ring_wraps;
+    uint64_t ring_wraps;     /* the ring began again at its front */
     uint64_t reorders;       /* blocks asked for out of order */
     double pass_fraction;    /* uses acquired of the current pass */
 } pager_statistics;

@@ -153,13 +153,14 @@ class PagedModel:
     def arm(self, plan: Plan, uses: Sequence[WeightUse]) -> None:
         """Guard the address space, open what is resident, and start reading in the order of use."""
         known = {use.name for use in uses}
+        rows = plan.rows - plan.resident  # a tied embedding that is resident needs no rows, and none dropped
         infos = {name: self.file.tensor(name) for name in known}
         self._guard(infos.values())
         blocks: list[tuple[int, int, int, int, int]] = []
         products: dict[str, int] = {}
         for name, info in infos.items():
             home = self._bases[info.part] + info.offset
-            if name in plan.rows:
+            if name in rows:
                 self._row_blocks.append((len(blocks), info.nbytes // info.shape[1]))
                 blocks.append((info.part, _ROWS, info.offset, info.nbytes, home))
             if name in plan.resident or name in plan.streamed:
@@ -169,7 +170,7 @@ class PagedModel:
                 products[name] = len(blocks)
                 blocks.append((info.part, kind, info.offset, info.nbytes, home))
         order = [
-            products[use.name] for use in uses if use.name in products and not (use.rows and use.name in plan.rows)
+            products[use.name] for use in uses if use.name in products and not (use.rows and use.name in rows)
         ]
         self._ring = _native.Arena(plan.ring_bytes) if plan.ring_bytes else None
         self.pager = _native.Pager(
@@ -186,7 +187,7 @@ class PagedModel:
                 seen.home,
                 products.get(seen.name, -1),
                 seen.name in plan.streamed,
-                seen.name in plan.rows,
+                seen.name in rows,
             )
             for seen in self._seen
         }
