@@ -68,23 +68,49 @@ void pager_abort(pager *p)
 
 /* ---- the ring ----------------------------------------------------------------------------------------------- */
 
-/* Uses are taken and given back in the same order, so free space is one stretch between head and tail. */
-static bool ring_allocate(pager *p, use *u)
+/* Uses are taken and given back in the same order, so free space is one stretch behind the head. A use gets its place
+   before all of it is free: it is filled piece by piece, as the uses before it are given back. */
+static void ring_place(pager *p, use *u)
 {
     size_t span = block_of(p, u)->span;
     if (p->ring_head == p->ring_tail) /* empty: start at the front, so that anything up to the whole ring fits */
         p->ring_head = p->ring_tail = round_up(p->ring_head, p->ring_bytes);
-    uint64_t head = p->ring_head;
-    size_t place = (size_t)(head % p->ring_bytes);
-    if (place + span > p->ring_bytes)
-        head += p->ring_bytes - place;
-    if (head + span - p->ring_tail > p->ring_bytes)
-        return false;
-    if (head / p->ring_bytes > p->statistics.ring_wraps)
-        p->statistics.ring_wraps = head / p->ring_bytes;
-    u->streamed.to = p->ring + head % p->ring_bytes;
-    u->ring_end = p->ring_head = head + span;
-    return true;
+    size_t place = (size_t)(p->ring_head % p->ring_bytes);
+    if (place + span > p->ring_bytes) { /* what is left at the end goes free with the use before it */
+        p->ring_head += p->ring_bytes - place;
+        if (p->last_placed != NULL)
+            p->last_placed->ring_end = p->ring_head;
+    }
+    if (p->ring_head / p->ring_bytes > p->statistics.ring_wraps)
+        p->statistics.ring_wraps = p->ring_head / p->ring_bytes;
+    u->streamed.to = p->ring + p->ring_head % p->ring_bytes;
+    u->ring_begin = p->ring_head;
+    u->ring_end = p->ring_head += span;
+    p->last_placed = u;
+}
+
+/* Bytes of the next piece of a use that is placed. */
+static size_t piece_bytes(const pager *p, const block *b, const transfer *t)
+{
+    size_t left = b->span - t->issued;
+    return left < p->chunk_bytes ? left : p->chunk_bytes;
+}
+
+/* Whether nothing that is still held lies where the next piece of this use goes. */
+static bool piece_is_free(pager *p, use *u)
+{
+    block *b = block_of(p, u);
+    uint64_t end = u->ring_begin + u->streamed.issued + piece_bytes(p, b, &u->streamed);
+    return end - p->ring_tail <= p->ring_bytes;
+}
+
+static void begin_transfer(pager *p, use *u)
+{
+    transfer *t = transfer_of(p, u);
+    if (block_of(p, u)->kind == BLOCK_STREAMED)
+        ring_place(p, u);
+    t->state = TRANSFER_READING;
+    t->issued = t->completed = 0;
 }
 
 /* ---- reading ahead ------------------------------------------------------------------------------------------ */
@@ -110,18 +136,15 @@ static bool next_chunk(pager *p, chunk *c)
             p->fetch++;
             continue;
         }
-        if (t->state == TRANSFER_IDLE) {
-            if (b->kind == BLOCK_STREAMED && !ring_allocate(p, u))
-                return false;
-            t->state = TRANSFER_READING;
-            t->issued = t->completed = 0;
-        }
-        size_t left = b->span - t->issued;
+        if (t->state == TRANSFER_IDLE)
+            begin_transfer(p, u);
+        if (b->kind == BLOCK_STREAMED && !piece_is_free(p, u))
+            return false;
         c->block = b;
         c->transfer = t;
         c->to = t->to + t->issued;
         c->offset = b->start + t->issued;
-        c->length = left < p->chunk_bytes ? left : p->chunk_bytes;
+        c->length = piece_bytes(p, b, t);
         uint64_t end = b->offset + b->bytes;
         c->needed = c->offset + c->length <= end ? c->length : (size_t)(end - c->offset);
         t->issued += c->length;
@@ -159,7 +182,7 @@ static void *reading_thread(void *argument)
         c.transfer->completed += c.length;
         if (c.transfer->completed == c.block->span)
             c.transfer->state = TRANSFER_READY;
-        if (c.transfer->state == TRANSFER_READY || p->paused)
+        if (c.transfer->state == TRANSFER_READY || p->in_flight == 0)
             pthread_cond_broadcast(&p->ready);
     }
     pthread_mutex_unlock(&p->lock);
@@ -181,9 +204,12 @@ static void drop_fetched(pager *p, uint64_t from, uint64_t next)
             t->state = TRANSFER_IDLE;
     }
     uint64_t end = p->ring_tail; /* keep what is acquired */
+    p->last_placed = NULL;
     for (uint64_t i = p->released; i < from; i++)
-        if (block_of(p, use_at(p, i))->kind == BLOCK_STREAMED && use_at(p, i)->streamed.state != TRANSFER_IDLE)
-            end = use_at(p, i)->ring_end;
+        if (block_of(p, use_at(p, i))->kind == BLOCK_STREAMED && use_at(p, i)->streamed.state != TRANSFER_IDLE) {
+            p->last_placed = use_at(p, i);
+            end = p->last_placed->ring_end;
+        }
     p->ring_head = end;
     p->fetch = p->cursor = next;
     p->paused = false;
@@ -255,16 +281,13 @@ static bool wait_for(pager *p, uint64_t number)
         return !pager_halted(p);
     uint64_t start = now_ns();
     while (t->state != TRANSFER_READY && !pager_halted(p)) {
-        /* Everything else is given back or acquired: if this does not fit now, it never will. */
-        if (t->state == TRANSFER_IDLE && p->fetch == number && p->in_flight == 0 && p->ring_head != p->ring_tail) {
-            use *u = use_at(p, number);
-            uint64_t head = p->ring_head, wraps = p->statistics.ring_wraps;
-            if (block_of(p, u)->kind == BLOCK_STREAMED && !ring_allocate(p, u)) {
-                fail_locked(p, ENOBUFS, "a weight was needed out of order and the ring is too small to hold it as well");
-                break;
-            }
-            p->ring_head = head; /* it fits: the reading threads take it */
-            p->statistics.ring_wraps = wraps;
+        use *u = use_at(p, number);
+        if (p->fetch == number && t->state == TRANSFER_IDLE)
+            begin_transfer(p, u);
+        /* Everything before it is acquired: what does not fit now will not fit later. */
+        if (p->fetch == number && p->in_flight == 0 && block_of(p, u)->kind == BLOCK_STREAMED && !piece_is_free(p, u)) {
+            fail_locked(p, ENOBUFS, "a weight was needed out of order and the ring is too small to hold it as well");
+            break;
         }
         pthread_cond_wait(&p->ready, &p->lock);
     }

@@ -43,7 +43,7 @@ typedef struct {
 typedef struct {
     uint32_t block;
     transfer streamed;
-    uint64_t ring_end; /* position in the ring behind this use */
+    uint64_t ring_begin, ring_end; /* positions in the ring: of its place, and behind what goes free with it */
 } use;
 
 typedef struct {
@@ -73,6 +73,7 @@ typedef struct {
     uint8_t *ring;
     size_t ring_bytes, chunk_bytes, alignment;
     uint64_t ring_head, ring_tail; /* positions that only grow; modulo ring_bytes they are places */
+    use *last_placed;              /* NULL: nothing in the ring */
 
     uint64_t released, cursor, fetch; /* numbers of uses, over all passes: released <= cursor <= fetch, or so */
     unsigned in_flight;
