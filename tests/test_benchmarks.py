@@ -1,0 +1,192 @@
+"""The pieces of `make bench`: the bound, the limit, the processes under test, the table."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny import tiny_model
+
+from benchmarks import cgroup, run
+from benchmarks.bound import Bound, first_token_limit
+from benchmarks.disk import BLOCK_BYTES, disk_bandwidth
+from benchmarks.measure import ChildError, Measurements, Settings
+from benchmarks.report import report
+from edgeinfer.modelfile import read_model_file
+from edgeinfer.system import streaming_support
+
+ROOT = Path(__file__).parents[1]
+MB = 1_000_000
+TAKE = (
+    "import sys; data = bytearray(int(sys.argv[1])); data[::4096] = b'x' * len(data[::4096]); print('held')"
+)
+
+needs_streaming = pytest.mark.skipif(not streaming_support(), reason="streaming is off on this system")
+
+
+def _why_no_cgroup():
+    try:
+        cgroup.check_writable()
+    except cgroup.CgroupError as error:
+        return str(error)
+    return None
+
+
+_NO_CGROUP = _why_no_cgroup()
+needs_cgroup = pytest.mark.skipif(_NO_CGROUP is not None, reason=f"no memory cgroup: {_NO_CGROUP}")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny_model(tmp_path_factory.mktemp("models"), "llama", "Q4_0")
+
+
+def test_the_bound_where_the_disk_is_slower():
+    # 3000 MB of weights, 1000 + 100 MB of budget: 2000 MB from a disk of 1000 MB/s take 2 s, computing 0.4 s
+    bound = Bound(3000 * MB, 1100 * MB, 100 * MB, compute_seconds=0.4, disk_bytes_per_second=1000 * MB)
+    assert bound.streamed_bytes == 2000 * MB
+    assert bound.tokens_per_second == pytest.approx(0.5)
+    assert bound.share(0.45) == pytest.approx(0.9)
+
+
+def test_the_bound_where_computing_is_slower():
+    # 100 MB take 0.1 s
+    bound = Bound(1000 * MB, 1000 * MB, 100 * MB, compute_seconds=0.25, disk_bytes_per_second=1000 * MB)
+    assert bound.tokens_per_second == pytest.approx(4)
+
+
+def test_the_bound_where_everything_fits_and_where_not_even_the_overhead_does():
+    assert Bound(100, 5000, 100, 0.5, 1.0).streamed_bytes == 0
+    assert Bound(100, 5000, 100, 0.5, 1.0).tokens_per_second == pytest.approx(2)
+    assert Bound(100, 50, 80, 0.5, 1.0).streamed_bytes == 100
+
+
+def test_the_first_token_may_take_one_pass_and_half_a_second():
+    assert first_token_limit(3000 * MB, 2000 * MB) == pytest.approx(2.0)
+
+
+@needs_cgroup
+def test_a_child_is_killed_above_the_limit_and_lives_below_it():
+    def take(nbytes):
+        return cgroup.run_command([sys.executable, "-c", TAKE, str(nbytes)], 100 << 20, timeout=60)
+
+    above, kills = take(200 << 20)
+    assert above.returncode == -9 and "held" not in above.stdout
+    assert kills == 1
+    below, kills = take(40 << 20)
+    assert below.returncode == 0 and below.stdout == "held\n"
+    assert kills == 0
+
+
+@needs_cgroup
+def test_a_cgroup_is_removed_with_what_still_runs_in_it():
+    with cgroup.MemoryCgroup(64 << 20) as group:
+        done = group.run(
+            ["/bin/sh", "-c", "sleep 60 >/dev/null 2>&1 & echo $!"], capture_output=True, text=True
+        )
+        assert done.stdout.strip() in (group.path / "cgroup.procs").read_text().split()
+    assert not group.path.exists()
+
+
+@needs_cgroup
+def test_the_limit_does_not_reach_the_parent():
+    with cgroup.MemoryCgroup(64 << 20) as group:
+        inside = group.run(["cat", "/proc/self/cgroup"], capture_output=True, text=True).stdout
+        assert group.path.name in inside
+    assert group.path.name not in Path("/proc/self/cgroup").read_text()
+
+
+def test_without_a_writable_cgroup_it_says_so_and_stops(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(cgroup, "_parents", lambda: iter([(2, tmp_path / "absent")]))
+    assert run.main(["--model", "unused.gguf"]) == 1
+    message = capsys.readouterr().err
+    assert "no memory cgroup can be made here" in message and "No such file" in message
+    assert "Run it as root" in message
+
+
+def _child(*arguments):
+    command = [sys.executable, "-m", "benchmarks.child", *map(str, arguments)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def test_the_children_give_numbers_and_the_same_tokens(model):
+    runs = [_child(engine, model, "--tokens", 6, "--ctx", 256) for engine in ("edgeinfer", "stock", "plain")]
+    assert len(runs[0]["tokens"]) == 7
+    for result in runs:
+        assert result["tokens"] == runs[1]["tokens"]
+        assert result["prompt_tokens"] == runs[1]["prompt_tokens"]
+        assert result["tokens_per_second"] > 0
+        assert 0 < result["load_seconds"] < result["first_token_seconds"]
+        assert 10 << 20 < result["peak_memory_bytes"] < 1 << 30
+        assert result["major_faults_per_token"] >= 0
+    ours, file = runs[0], read_model_file(model)
+    assert ours["mode"] == "in-memory"
+    assert ours["pass_weight_bytes"] == file.weights_bytes
+    assert ours["streamed_bytes_per_token"] == 0
+
+
+def test_the_children_measure_prefill(model):
+    for engine in ("edgeinfer", "plain"):
+        result = _child(engine, model, "--prefill", 200, "--ctx", 256)
+        assert result["prefill_tokens"] == 200 and result["prefill_tokens_per_second"] > 0
+        assert result["prefill_streamed_bytes"] == 0
+
+
+def test_a_child_that_fails_says_how(tmp_path):
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF")
+    with pytest.raises(Exception, match="broken.gguf"):
+        Measurements(tmp_path / "broken.gguf", Settings(threads=1))
+    model = tiny_model(tmp_path, "llama", "F16")
+    measurements = Measurements(model, Settings(threads=1))
+    model.write_bytes(b"GGUF")
+    with pytest.raises(ChildError, match="edgeinfer ended with exit code 1: .*ModelFileError"):
+        measurements.child("edgeinfer")
+
+
+@needs_streaming
+def test_the_disk_is_measured_only_with_enough_to_read(tmp_path):
+    small = tmp_path / "small"
+    small.write_bytes(b"x" * BLOCK_BYTES)
+    with pytest.raises(ValueError, match="expected a file of 50,331,648 bytes or more"):
+        disk_bandwidth(small)
+    large = tmp_path / "large"
+    large.write_bytes(b"x" * (3 * BLOCK_BYTES))
+    assert 1e6 < disk_bandwidth(large) < 1e11
+
+
+def _results(bound_share):
+    """What a run gathers, in round numbers."""
+    ours = {
+        "tokens_per_second": 1.0, "bandwidth_before": 2e9, "bandwidth_after": 2e9, "first_token_seconds": 1.9,
+        "first_token_limit_seconds": 2.0, "major_faults_per_token": 12.0, "oom_kills": 0, "bound": 1.05,
+        "bound_share": bound_share, "bound_all_weights": 1.0, "bound_share_all_weights": 1.0,
+        "bound_streamed_bytes": 19e8, "streamed_bytes_per_token": 19e8, "pass_weight_bytes": 3e9,
+        "overhead_bytes": 1e8, "disk_wait_fraction": 0.5, "import_seconds": 0.5,
+    }  # fmt: skip
+    number = {"edgeinfer": ours, "stock": {"tokens_per_second": 0.5}, "same_tokens": True}
+    limits = [{"limit_share": 0.45, "limit_bytes": 1_350_000_000, "rounds": [number]}]
+    return {
+        "machine": {
+            "processor": "a processor", "processors": 2, "memory_bytes": 16e9, "kernel": "6.0",
+            "llama_cpp": "0.3", "load_average": "0.00 0.00 0.00",
+        },
+        "settings": {"threads": 2},
+        "model": {"name": "m.gguf", "weights_bytes": 3e9},
+        "streaming": {"limits": limits, "compute_seconds": 0.4, "stock_defaults": "was killed"},
+    }  # fmt: skip
+
+
+def test_the_table_tells_what_was_met():
+    rows = {row.split(" | ")[0].lstrip("| "): row for row in report(_results(0.95)).splitlines()}
+    assert rows["45% (1.35 GB): ratio to stock"].endswith("| 2.00 | >= 1.9: yes |")
+    assert rows["45% (1.35 GB): bound, edgeinfer's share of it"].endswith("| 1.05, 0.950 | >= 0.9: yes |")
+    assert rows["45% (1.35 GB): major page faults a token"].endswith("| 12.0 | < 10: NO |")
+    assert rows["45% (1.35 GB): processes killed"].endswith("| 0 | 0: yes |")
+
+
+def test_a_speed_above_the_bound_is_no_success():
+    assert "1.300 | above the bound: disturbed, measure again |" in report(_results(1.3))
+    assert "0.800 | >= 0.9: NO |" in report(_results(0.8))
