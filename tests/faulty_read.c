@@ -3,6 +3,7 @@
    REFUSE_DIRECT=1   reads of files opened with O_DIRECT fail with EINVAL
    FAIL_AFTER=N      after N good reads every further one fails with EIO
    SHORT_READS=1     a read gives at most one block of 4096 bytes
+   DELAY_MS=N        every read takes N milliseconds more
 
    With TELL=1 one line on standard error tells at exit how many reads were made and how many failed. */
 #define _GNU_SOURCE
@@ -40,6 +41,8 @@ static ssize_t faulty(int fd, void *to, size_t bytes, off64_t offset)
         errno = EIO;
         return -1;
     }
+    if (setting("DELAY_MS"))
+        usleep((useconds_t)(1000 * setting("DELAY_MS")));
     if (setting("SHORT_READS") && bytes > 4096)
         bytes = 4096;
     return real(fd, to, bytes, offset);

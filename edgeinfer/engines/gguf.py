@@ -115,16 +115,25 @@ class GGUFEngine:
         return self.context.truncate(length)
 
     def _interruptible(self, tokens: Sequence[int], tick: Callable[[], object]) -> None:
-        future = self._worker.submit(self._pass, tokens)
         try:
+            future = self._worker.submit(self._pass, tokens)
             while not concurrent.futures.wait([future], timeout=POLL_SECONDS).done:
                 tick()
         except BaseException:
-            self._interrupt(True)
-            concurrent.futures.wait([future])
-            self._interrupt(False)
+            self._stop()
             raise
         future.result()
+
+    def _stop(self) -> None:
+        """End the pass that is being computed. Another Ctrl-C meanwhile must not leave it running: it is ignored."""
+        while True:
+            try:
+                self._interrupt(True)
+                self._worker.submit(int).result()  # behind the pass
+                self._interrupt(False)
+                return
+            except KeyboardInterrupt:
+                continue
 
     def _interrupt(self, on: bool) -> None:
         if self._hook is not None:

@@ -35,6 +35,7 @@ _FUNCTIONS = (
     "ggml_view_1d ggml_reshape_1d ggml_permute ggml_transpose ggml_op_name ggml_set_name ggml_set_input "
     "ggml_tensor_overhead"
 ).split()
+_IDENTITY = ("st_dev", "st_ino", "st_size", "st_mtime_ns", "st_ctime_ns")
 _one_load = threading.Lock()
 
 
@@ -81,7 +82,7 @@ class PagedModel:
         self.hook.set_ranges([(base, base + size) for base, size in zip(self._bases, file.part_bytes)])
 
     def _load(self) -> tuple[LlamaModel, list[int]]:
-        parts = [path.stat() for path in self.file.paths]
+        self._stats = parts = [path.stat() for path in self.file.paths]
 
         def load() -> LlamaModel:
             return LlamaModel(
@@ -181,6 +182,7 @@ class PagedModel:
             plan.chunk_bytes,
             plan.reading_threads,
         )
+        self._check_files()
         weights = {
             seen.tensor: (
                 seen.tensor,
@@ -192,6 +194,18 @@ class PagedModel:
             for seen in self._seen
         }
         self.hook.bind(self.pager, list(weights.values()))
+
+    def _check_files(self) -> None:
+        """The pager notices changes of the files that it opened; they must be those that llama.cpp has loaded."""
+        for path, then in zip(self.file.paths, self._stats):
+            try:
+                now = path.stat()
+            except OSError:
+                now = None
+            if now is None or any(getattr(now, name) != getattr(then, name) for name in _IDENTITY):
+                raise ReadError(
+                    f"The model file changed, or was replaced or removed, while it was loaded: {path}. Load it again."
+                )
 
     def _guard(self, infos: Sequence[TensorInfo]) -> None:
         """From now on a weight that is absent cannot be read: a mistake stops the process, never bends a result."""
