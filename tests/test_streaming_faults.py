@@ -17,12 +17,14 @@ from streaming import (
     make_plan,
     shim_environment,
     some_tokens,
+    stock_context,
     stock_greedy,
     stock_logits,
     streamed_logits,
     streaming_engine,
 )
 from tiny import tiny_model
+from benchmarks.maker import make_model
 
 import edgeinfer.engines.gguf
 from edgeinfer.engines.gguf import Prepared
@@ -30,7 +32,7 @@ from edgeinfer.errors import EdgeInferError, ReadError
 from edgeinfer.modelfile import read_model_file
 
 PROMPT = some_tokens(20)
-VOCABULARY = 512
+PROMPT_TEXT = "Once upon a time"
 
 
 @pytest.fixture(scope="module")
@@ -293,3 +295,68 @@ def test_ctrl_c_while_waiting_for_a_slow_disk(models, shim):
     assert result.returncode == 0, result.stderr
     seconds = [float(line) for line in result.stdout.split()]
     assert len(seconds) == 2 and max(seconds) < 0.5
+
+
+# ---- the command ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """A model that does not fit the smallest budgets, and stock's greedy text for PROMPT_TEXT."""
+    path = tmp_path_factory.mktemp("large") / "large.gguf"
+    make_model(path, "llama", "F16", size=80_000_000, layers=8, vocabulary=4000, context=2048)
+    yield path
+    path.unlink(missing_ok=True)
+
+
+@pytest.fixture(scope="module")
+def large_text(large):
+    with stock_context(large, context_length=512) as context:
+        tokens = context.model.tokenize(PROMPT_TEXT, True, True)
+    answer = stock_greedy(large, tokens, 60, context_length=512)
+    with stock_context(large, context_length=512) as context:
+        return b"".join(context.model.token_bytes(token) for token in answer).decode("utf-8", "ignore")
+
+
+def run_command(path, memory):
+    options = ["-p", PROMPT_TEXT, "-n", "400", "--temperature", "0", "--threads", "1", "--ctx", "512"]
+    return [sys.executable, "-m", "edgeinfer", "run", str(path), "--memory", str(memory), *options]
+
+
+@pytest.fixture(scope="module")
+def tight(large):
+    """A budget in which this model must be streamed."""
+    refused = subprocess.run(run_command(large, "1MiB"), capture_output=True, text=True, timeout=60)
+    assert refused.returncode == 1
+    return int(re.search(r"\((\d+) bytes\)", refused.stderr)[1]) + (4 << 20)
+
+
+def assert_one_message(process, out, errors, text):
+    assert process.returncode == 1
+    assert "Traceback" not in errors
+    messages = [line for line in errors.splitlines() if line.startswith("Error: ")]
+    assert len(messages) == 1 and "The model file could not be used any more" in messages[0]
+    assert out and text.startswith(out.decode("utf-8", "ignore").removesuffix("\n"))
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+def test_command_ends_with_one_message_when_the_file_changes(large, large_text, tight, tmp_path, fault):
+    path = Path(shutil.copy(large, tmp_path / "large.gguf"))
+    process = subprocess.Popen(run_command(path, tight), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    try:
+        out = process.stdout.read(10)
+        fault(path)
+        rest, errors = process.communicate(timeout=30)
+    finally:
+        process.kill()
+        process.wait()
+        path.unlink(missing_ok=True)
+    assert_one_message(process, out + rest, errors.decode(), large_text)
+
+
+def test_command_ends_with_one_message_when_the_disk_fails(large, large_text, tight, shim):
+    environment = shim_environment(shim, FAIL_AFTER=400)  # a pass takes about 100 reads
+    command = run_command(large, tight)
+    process = subprocess.run(command, env=environment, capture_output=True, timeout=60)
+    assert_one_message(process, process.stdout, process.stderr.decode(), large_text)
+    assert b"(error 5)" in process.stderr
