@@ -167,3 +167,10 @@ def test_odd_file_systems(models, tmp_path, setting, failed):
     assert int(told[1]) > 100 and (int(told[2]) > 0) == failed
     assert answer["statistics"]["ring_wraps"] > 0
     assert_same_bits(np.load(out), run_stock(path, SHORT))
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma3"])
+def test_large_vocabulary(models, arch):
+    """llama.cpp gives the mapping of a long header back, and its KV cache comes to lie there."""
+    path = tiny_model(models, arch, "Q8_0", vocabulary=40_000)
+    assert_same_bits(run_streamed(path, "everything", SHORT), run_stock(path, SHORT))

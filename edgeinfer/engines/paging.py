@@ -13,7 +13,7 @@ import errno
 import logging
 import threading
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import llama_cpp
@@ -79,7 +79,7 @@ class PagedModel:
         self._ring: _native.Arena | None = None
         self._row_blocks: list[tuple[int, int]] = []
         self.model, self._bases = self._load()
-        self.hook.set_ranges([(base, base + size) for base, size in zip(self._bases, file.part_bytes)])
+        self.hook.set_ranges(self._ranges(file.tensors))
 
     def _load(self) -> tuple[LlamaModel, list[int]]:
         self._stats = parts = [path.stat() for path in self.file.paths]
@@ -130,11 +130,15 @@ class PagedModel:
         finally:
             self.hook.record(False)
         passes: dict[int, list[_Seen]] = {}
+        names = {tensor.name for tensor in self.file.tensors}
         for tensor, data, name, recording, _, rows, through_view in self.hook.records():
+            if name not in names:  # memory of llama.cpp's own: see _ranges
+                continue
             passes.setdefault(recording, []).append(_Seen(tensor, data, name, rows, through_view))
         if not passes:
             raise EngineError("llama.cpp's graph shows no weights of the model.")
         self._seen = [seen for uses in passes.values() for seen in uses]
+        self.hook.set_ranges(self._ranges([self.file.tensor(seen.name) for seen in self._seen]))
         order = max(passes.values(), key=len)
         known = {seen.name for seen in order}
         order = order + [seen for seen in self._seen if seen.name not in known]
@@ -207,15 +211,24 @@ class PagedModel:
                     f"The model file changed, or was replaced or removed, while it was loaded: {path}. Load it again."
                 )
 
-    def _guard(self, infos: Sequence[TensorInfo]) -> None:
+    def _guard(self, infos: Iterable[TensorInfo]) -> None:
         """From now on a weight that is absent cannot be read: a mistake stops the process, never bends a result."""
         page = _native.PAGE_BYTES
-        for part, base in enumerate(self._bases):
-            places = [(info.offset, info.offset + info.nbytes) for info in infos if info.part == part]
-            if places:
-                start = base + min(places)[0] // page * page
-                end = base + -(-max(end for _, end in places) // page) * page
-                _native.guard_pages(start, end - start)
+        for start, end in self._ranges(infos):
+            start, end = start // page * page, -(-end // page) * page
+            _native.guard_pages(start, end - start)
+
+    def _ranges(self, infos: Iterable[TensorInfo]) -> list[tuple[int, int]]:
+        """The addresses from the first to the last of these weights, of each file that holds some.
+
+        llama.cpp gives back what a mapping holds before the first weight that it uses and behind the last one, so
+        other memory, the KV cache too, may come to lie there.
+        """
+        ranges: dict[int, tuple[int, int]] = {}
+        for info in infos:
+            start, end = ranges.get(info.part, (info.offset, 0))
+            ranges[info.part] = min(start, info.offset), max(end, info.offset + info.nbytes)
+        return [(self._bases[part] + start, self._bases[part] + end) for part, (start, end) in ranges.items()]
 
     def begin_pass(self, tokens: Sequence[int]) -> None:
         """Before llama_decode of `tokens`: check the files, bring in the rows that the tokens look up."""
