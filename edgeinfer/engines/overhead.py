@@ -14,7 +14,8 @@ from edgeinfer.plan import WeightUse
 _MIB = 1 << 20
 _PAGE = 4096
 #: Allocator fragments, thread stacks and Python objects that come and go while running.
-_SLACK = 12 * _MIB
+_SLACK = 6 * _MIB
+_FLOATS = ("F16", "BF16", "F32")
 _COMPUTE_BUFFER = re.compile(r"compute buffer size\s*=\s*([0-9.]+) MiB")
 
 
@@ -47,9 +48,9 @@ class Overhead:
         """All entries that are not weights nor ring."""
         entries = dict(self._entries)
         tensors = [self._file.tensor(use.name) for use in uses]
-        # ggml converts a product's activations to the format of its kernel: 4 bytes a value at most.
-        widest = max((tensor.shape[0] for tensor in tensors), default=0)
-        entries["compute_buffers"] += 4 * widest * self._ubatch
+        # ggml's work buffer: a product's activations in the format of its kernel, 8 bits a value for quantized weights.
+        widest = max((tensor.shape[0] * (2 if tensor.type in _FLOATS else 1.25) for tensor in tensors), default=0)
+        entries["compute_buffers"] += int(widest * self._ubatch)
         rows = [self._file.tensor(use.name) for use in uses if use.rows]
         entries["row_buffer"] = sum(
             self._ubatch * (tensor.nbytes // max(1, tensor.shape[1]) + 2 * _PAGE) for tensor in rows

@@ -1,0 +1,48 @@
+"""Measurements of this machine that are kept between runs, in one small JSON file of the user's cache folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def cache_folder() -> Path:
+    """Where edgeinfer keeps what it can make again: $XDG_CACHE_HOME/edgeinfer or ~/.cache/edgeinfer."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "edgeinfer"
+
+
+def remembered(key: str, measure: Callable[[], Any], again: bool = False) -> Any:
+    """The value (JSON) kept under `key`; measured and kept where there is none, or `again`.
+
+    A cache that cannot be read or written costs time, nothing else.
+    """
+    path = cache_folder() / "measured.json"
+    values = _read(path)
+    if key in values and not again:
+        return values[key]
+    value = measure()
+    _write(path, {**_read(path), key: value})
+    return value
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def _write(path: Path, values: dict[str, Any]) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+            json.dump(values, file, indent=1, sort_keys=True)
+        os.replace(file.name, path)
+    except OSError:
+        pass
