@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import resource
 import signal
 import statistics
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 from benchmarks.bound import Bound, first_token_limit
 from benchmarks.cgroup import drop_page_cache, run_command
@@ -41,6 +45,29 @@ class Settings:
         )
 
 
+class Noise:
+    """How much of the processors others use while a child of this process runs, from the construction on."""
+
+    def __init__(self) -> None:
+        self._started, self._busy, self._ours = time.monotonic(), _busy_seconds(), _child_seconds()
+
+    def others(self) -> float:
+        """0 to 1 of all processors, time stolen by a hypervisor included. The child must have ended."""
+        ours = _child_seconds() - self._ours
+        possible = (time.monotonic() - self._started) * psutil.cpu_count()
+        return min(1.0, max(0.0, (_busy_seconds() - self._busy - ours) / possible))
+
+
+def _busy_seconds() -> float:
+    times = psutil.cpu_times()
+    return times.user + times.nice + times.system + times.irq + times.softirq + times.steal
+
+
+def _child_seconds() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
 class ChildError(Exception):
     """A process under test did not give its numbers."""
 
@@ -52,6 +79,7 @@ class Measurements:
         self.model = Path(model).resolve()
         self.settings = settings
         self.file = read_model_file(self.model)
+        self.noise = 0.0  # the largest share of the processors that others used during a child's run
 
     @property
     def weights_bytes(self) -> int:
@@ -65,13 +93,15 @@ class Measurements:
         command = [sys.executable, "-m", "benchmarks.child", engine, str(self.model)]
         command += ["--threads", str(settings.threads), "--ctx", str(context or settings.context)]
         command += [str(option) for option in options]
+        noise = Noise()
         try:
             result, kills = run_command(command, limit, TIMEOUT_SECONDS, cwd=ROOT)
         except subprocess.TimeoutExpired:
             raise ChildError(f"{engine} did not end within {TIMEOUT_SECONDS} s") from None
         if result.returncode != 0:
             raise ChildError(f"{engine} {_ending(result, kills)}")
-        return {**json.loads(result.stdout.splitlines()[-1]), "oom_kills": kills}
+        self.noise = max(self.noise, others := noise.others())
+        return {**json.loads(result.stdout.splitlines()[-1]), "oom_kills": kills, "others_cpu": others}
 
     def plain(self) -> dict:
         """Decoding with all weights in memory and the kernels that streaming uses."""

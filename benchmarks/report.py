@@ -21,6 +21,8 @@ def report(results: dict) -> str:
         f"of memory, Linux {machine['kernel']}, {results['settings']['threads']} computing threads; "
         f"llama-cpp-python {machine['llama_cpp']}. Load average at the start: {machine['load_average']}.",
         "",
+        f"Other processes used up to {results['others_cpu']:.0%} of the processors during a run.",
+        "",
         f"Model: {model['name']}, {model['weights_bytes'] / GB:.2f} GB of weights. "
         "GB are 10^9 bytes, speeds are tokens per second.",
         "",

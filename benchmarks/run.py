@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -109,6 +110,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=default_threads(), help="computing threads of both")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every number to FILE")
     args = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that cgroup and child are cleaned up
     try:
         check_writable()
     except CgroupError as error:
@@ -133,6 +135,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not drop_page_cache():
         _say("the page cache can only be dropped for the model's file: run as root to drop all of it")
     good = gather(measurements, [args.only.replace("-", "_")] if args.only else PARTS, results)
+    results["others_cpu"] = measurements.noise
     print(report(results))
     if args.json:
         args.json.write_text(json.dumps(results, indent=1))

@@ -5,13 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 from tiny import tiny_model
 
 from benchmarks import cgroup, run
 from benchmarks.bound import Bound, first_token_limit
 from benchmarks.disk import BLOCK_BYTES, disk_bandwidth
-from benchmarks.measure import ChildError, Measurements, Settings
+from benchmarks.measure import ChildError, Measurements, Noise, Settings
 from benchmarks.report import report
 from edgeinfer.modelfile import read_model_file
 from edgeinfer.system import streaming_support
@@ -99,6 +100,7 @@ def test_the_limit_does_not_reach_the_parent():
 
 def test_without_a_writable_cgroup_it_says_so_and_stops(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(cgroup, "_parents", lambda: iter([(2, tmp_path / "absent")]))
+    monkeypatch.setattr(run.signal, "signal", lambda *_: None)
     assert run.main(["--model", "unused.gguf"]) == 1
     message = capsys.readouterr().err
     assert "no memory cgroup can be made here" in message and "No such file" in message
@@ -146,6 +148,22 @@ def test_a_child_that_fails_says_how(tmp_path):
         measurements.child("edgeinfer")
 
 
+def test_the_work_of_others_is_told_from_that_of_the_child():
+    burn = [sys.executable, "-c", "import time\nwhile time.process_time() < 1.5: pass"]
+    noise = Noise()
+    subprocess.run(burn)
+    quiet = noise.others()
+    other = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        noise = Noise()
+        subprocess.run(burn)
+        assert 0 <= quiet < 1
+        assert noise.others() > 0.2 / psutil.cpu_count()
+    finally:
+        other.kill()
+        other.wait()
+
+
 @needs_streaming
 def test_the_disk_is_measured_only_with_enough_to_read(tmp_path):
     small = tmp_path / "small"
@@ -174,6 +192,7 @@ def _results(bound_share):
             "llama_cpp": "0.3", "load_average": "0.00 0.00 0.00",
         },
         "settings": {"threads": 2},
+        "others_cpu": 0.03,
         "model": {"name": "m.gguf", "weights_bytes": 3e9},
         "streaming": {"limits": limits, "compute_seconds": 0.4, "stock_defaults": "was killed"},
     }  # fmt: skip
@@ -184,6 +203,7 @@ def test_the_table_tells_what_was_met():
     assert rows["45% (1.35 GB): ratio to stock"].endswith("| 2.00 | >= 1.9: yes |")
     assert rows["45% (1.35 GB): bound, edgeinfer's share of it"].endswith("| 1.05, 0.950 | >= 0.9: yes |")
     assert rows["45% (1.35 GB): major page faults a token"].endswith("| 12.0 | < 10: NO |")
+    assert "Other processes used up to 3% of the processors during a run." in rows
     assert rows["45% (1.35 GB): processes killed"].endswith("| 0 | 0: yes |")
 
 
