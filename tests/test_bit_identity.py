@@ -169,8 +169,10 @@ def test_odd_file_systems(models, tmp_path, setting, failed):
     assert_same_bits(np.load(out), run_stock(path, SHORT))
 
 
-@pytest.mark.parametrize("arch", ["llama", "gemma3"])
-def test_large_vocabulary(models, arch):
-    """llama.cpp gives the mapping of a long header back, and its KV cache comes to lie there."""
-    path = tiny_model(models, arch, "Q8_0", vocabulary=40_000)
-    assert_same_bits(run_streamed(path, "everything", SHORT), run_stock(path, SHORT))
+def test_large_vocabulary(models):
+    """The file begins with megabytes of tokens, whose address space llama.cpp gives back; rows are far apart."""
+    path = tiny_model(models, "gemma", "Q8_0", vocabulary=40_000)
+    tokens = some_tokens(64, 40_000)
+    with streaming_engine(path) as engine:
+        found = streamed_logits(engine, [tokens, tokens[:1]])
+    assert_same_bits(found, stock_logits(path, [tokens, tokens[:1]]))

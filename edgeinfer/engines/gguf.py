@@ -17,7 +17,7 @@ from edgeinfer.budget import default_budget, parse_size, process_memory
 from edgeinfer.engines import inmemory
 from edgeinfer.engines.llama import DecodeAborted, LlamaContext, LlamaModel, Sampler
 from edgeinfer.engines.overhead import Overhead, check_kv_cache_fits
-from edgeinfer.errors import EngineError
+from edgeinfer.errors import BudgetError, EngineError
 from edgeinfer.modelfile import ModelFile, read_model_file
 from edgeinfer.plan import Device, Plan, WeightUse, make_plan
 from edgeinfer.system import default_threads, streaming_support
@@ -206,10 +206,10 @@ def open_engine(
     file.check_can_generate()
     budget = memory if isinstance(memory, int) else parse_size(memory) if memory else default_budget()
     length = context_length or min(file.context_length or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
-    check_kv_cache_fits(file, length, budget)
     threads = threads or default_threads()
     if not streaming_support():
         return _in_memory(file, inmemory.plan_without_streaming(file, budget), length, threads, started)
+    check_kv_cache_fits(file, length, budget, lambda context: _smallest_budget(file, context, threads))
 
     def planner(uses: Sequence[WeightUse], overhead: Mapping[str, int]) -> Plan:
         return make_plan(uses, budget, overhead, _device(file), _types(file), TOKEN_TABLES)
@@ -272,6 +272,18 @@ class Prepared:
         if self.context is not None:
             self.context.close()
         self.paged.close()
+
+
+def _smallest_budget(file: ModelFile, context_length: int, threads: int) -> int:
+    """Bytes of the smallest budget that this model works in, as the planner says it."""
+    prepared = Prepared(file, context_length=context_length, threads=threads)
+    try:
+        make_plan(prepared.uses, 0, prepared.overhead, Device(disk_bytes_per_second=1), {}, TOKEN_TABLES)
+    except BudgetError as error:
+        return error.smallest_bytes
+    finally:
+        prepared.close()
+    raise EngineError("A model that needs no memory cannot be planned.")
 
 
 def _in_memory(file: ModelFile, plan: Plan, context_length: int, threads: int, started: float) -> GGUFEngine:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from edgeinfer.budget import format_size, process_memory
+from edgeinfer.budget import available_memory, format_size, process_memory
 from edgeinfer.engines.llama import LlamaContext, recent_log
 from edgeinfer.errors import BudgetError
 from edgeinfer.modelfile import GGUFArray, ModelFile
@@ -16,6 +16,9 @@ _PAGE = 4096
 #: Allocator fragments, thread stacks and Python objects that come and go while running.
 _SLACK = 6 * _MIB
 _FLOATS = ("F16", "BF16", "F32")
+#: What Python itself holds differs from run to run.
+_RUN_TO_RUN = 3 * _MIB
+_CONTEXT_STEP = 256
 _COMPUTE_BUFFER = re.compile(r"compute buffer size\s*=\s*([0-9.]+) MiB")
 
 
@@ -89,15 +92,50 @@ def kv_bytes_per_token(file: ModelFile) -> int:
     return sum(kv_heads) * (key_dim + value_dim) * 2
 
 
-def check_kv_cache_fits(file: ModelFile, context_length: int, budget_bytes: int) -> None:
-    """Raise BudgetError, naming the --ctx that fits, before llama.cpp would take a KV cache beyond the budget."""
+def check_kv_cache_fits(
+    file: ModelFile, context_length: int, budget_bytes: int, smallest_budget: Callable[[int], int]
+) -> None:
+    """Raise BudgetError, naming a --ctx that works, before llama.cpp would take a KV cache beyond the budget.
+
+    `smallest_budget` gives the bytes of the smallest budget that works with a context of so many tokens.
+    """
     per_token = kv_bytes_per_token(file)
-    room = budget_bytes - process_memory().rss_bytes
-    if per_token == 0 or per_token * context_length <= max(room, 0) or room < 0:
+    needed, room = per_token * context_length, budget_bytes - process_memory().rss_bytes
+    if needed <= room or needed == 0:
         return
-    fits = room // 2 // per_token // 256 * 256
-    advice = f"--ctx {fits} fits" if fits > 0 else "no --ctx fits: raise --memory"
-    raise BudgetError(
-        f"The KV cache of {context_length} tokens takes {format_size(per_token * context_length)}, more than the budget "
-        f"of {format_size(budget_bytes)} leaves. Use a smaller context ({advice}), or raise --memory."
+    if room <= 0 and needed <= available_memory() // 2:
+        return  # no context fits: the planner will name the smallest budget
+    fits, smallest = _largest_context(budget_bytes - _RUN_TO_RUN, per_token, smallest_budget)
+    advice = (
+        f"Use a smaller context (--ctx {fits} fits), or raise --memory."
+        if fits
+        else f"Raise --memory: the smallest that works is {format_size(smallest)} ({smallest} bytes), with "
+        f"--ctx {_CONTEXT_STEP}."
     )
+    raise BudgetError(
+        f"The KV cache of {context_length} tokens takes {format_size(needed)}, more than the budget of "
+        f"{format_size(budget_bytes)} leaves. {advice}",
+        smallest_bytes=None if fits else smallest,
+    )
+
+
+def _largest_context(
+    budget_bytes: int, per_token: float, smallest_budget: Callable[[int], int]
+) -> tuple[int, int]:
+    """(tokens, bytes of the smallest budget for them) of about the largest context that works; 0 tokens: none.
+
+    Compute buffers grow with the context too, so what was guessed is tried, and guessed again from that.
+    """
+    fits, smallest = _CONTEXT_STEP, smallest_budget(_CONTEXT_STEP)
+    if smallest > budget_bytes:
+        return 0, smallest
+    for _ in range(3):
+        tokens = fits + int((budget_bytes - smallest) / per_token) // _CONTEXT_STEP * _CONTEXT_STEP
+        if tokens == fits:
+            break
+        tried = smallest_budget(tokens)
+        if tried <= budget_bytes:
+            fits, smallest = tokens, tried
+        else:
+            per_token = (tried - smallest) / (tokens - fits)
+    return fits, smallest
