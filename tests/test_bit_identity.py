@@ -176,3 +176,11 @@ def test_large_vocabulary(models):
     with streaming_engine(path) as engine:
         found = streamed_logits(engine, [tokens, tokens[:1]])
     assert_same_bits(found, stock_logits(path, [tokens, tokens[:1]]))
+
+
+@pytest.mark.parametrize(("arch", "type"), [("olmoe", "Q4_0"), ("mixtral", "Q4_K"), ("gpt-oss", "Q8_0")])
+def test_mixtures_of_experts_with_all_experts_of_a_layer_streamed(models, arch, type):
+    path = tiny_model(models, arch, type)
+    expected = run_stock(path, SHORT)
+    for kind in PLANS:
+        assert_same_bits(run_streamed(path, kind, SHORT), expected)

@@ -68,6 +68,8 @@ class GGUFEngine:
         self._paged = paged
         self._hook = hook
         self._worker = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="edgeinfer-compute")
+        # Its thread starts now: a pool that Ctrl-C interrupts while it starts a thread forgets that thread.
+        self._worker.submit(int).result()
         self._load_seconds = time.perf_counter() - started
 
     @property
