@@ -10,16 +10,18 @@ import concurrent.futures
 import errno
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from edgeinfer.budget import default_budget, parse_size, process_memory
 from edgeinfer.engines import inmemory
+from edgeinfer.engines.kernels import compute_bytes_per_second
 from edgeinfer.engines.llama import DecodeAborted, LlamaContext, LlamaModel, Sampler
 from edgeinfer.engines.overhead import Overhead, check_kv_cache_fits
 from edgeinfer.errors import BudgetError, EngineError
 from edgeinfer.modelfile import ModelFile, read_model_file
-from edgeinfer.plan import Device, Plan, WeightUse, make_plan
+from edgeinfer.plan import SMALL_BYTES, Device, Plan, make_plan
+from edgeinfer.storage import disk_bytes_per_second
 from edgeinfer.system import default_threads, streaming_support
 
 try:
@@ -31,7 +33,6 @@ DEFAULT_CONTEXT = 4096
 UBATCH = 512
 POLL_SECONDS = 0.2
 
-Planner = Callable[[Sequence[WeightUse], Mapping[str, int]], Plan]
 PassProgress = Callable[[int, int, float], None]
 
 
@@ -204,29 +205,34 @@ def open_engine(
     ModelFileError, BudgetError, EngineError.
     """
     started = time.perf_counter()
-    file = read_model_file(path)
-    file.check_can_generate()
-    budget = memory if isinstance(memory, int) else parse_size(memory) if memory else default_budget()
-    length = context_length or min(file.context_length or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
     threads = threads or default_threads()
+    file, budget, length = check_request(path, memory, context_length, threads)
     if not streaming_support():
-        return _in_memory(file, inmemory.plan_without_streaming(file, budget), length, threads, started)
-    check_kv_cache_fits(file, length, budget, lambda context: _smallest_budget(file, context, threads))
-
-    def planner(uses: Sequence[WeightUse], overhead: Mapping[str, int]) -> Plan:
-        return make_plan(uses, budget, overhead, _device(file), _types(file), TOKEN_TABLES)
-
+        return _in_memory(file, inmemory.plan_without_streaming(file, budget), length, threads, started, progress)
+    device = measure_device(file, threads, budget)
     prepared = Prepared(file, context_length=length, threads=threads)
     try:
-        plan = planner(prepared.uses, prepared.overhead)
-        stock = inmemory.plan_if_it_fits(file, plan)
-        if stock is None:
+        plan = prepared.plan(budget, device)
+        if plan.mode == "streaming":
             return prepared.start(plan, started)
     except BaseException:
         prepared.close()
         raise
     prepared.close()
-    return _in_memory(file, stock, length, threads, started)
+    return _in_memory(file, plan, length, threads, started, progress)
+
+
+def check_request(
+    path: str | os.PathLike, memory: int | str | None, context_length: int | None, threads: int
+) -> tuple[ModelFile, int, int]:
+    """(model file, budget in bytes, context in tokens) of what was asked for, checked before anything is loaded."""
+    file = read_model_file(path)
+    file.check_can_generate()
+    budget = memory if isinstance(memory, int) else parse_size(memory) if memory else default_budget()
+    length = context_length or min(file.context_length or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
+    if streaming_support():
+        check_kv_cache_fits(file, length, budget, lambda context: _smallest_budget(file, context, threads))
+    return file, budget, length
 
 
 class Prepared:
@@ -243,6 +249,7 @@ class Prepared:
         flash_attention: bool | None = None,
     ):
         overhead = Overhead(file, ubatch)
+        self.file = file
         self.paged = PagedModel(file)
         self.context = None
         try:
@@ -262,6 +269,12 @@ class Prepared:
         except BaseException:
             self.close()
             raise
+
+    def plan(self, budget_bytes: int, device: Device) -> Plan:
+        """The best plan under the budget: stock llama.cpp where it fits, else streaming. Raises BudgetError."""
+        types = {tensor.name: tensor.type for tensor in self.file.tensors}
+        plan = make_plan(self.uses, budget_bytes, self.overhead, device, types, TOKEN_TABLES)
+        return inmemory.plan_if_it_fits(self.file, plan) or plan
 
     def start(self, plan: Plan, started: float | None = None) -> GGUFEngine:
         """Begin reading as `plan` says."""
@@ -288,9 +301,16 @@ def _smallest_budget(file: ModelFile, context_length: int, threads: int) -> int:
     raise EngineError("A model that needs no memory cannot be planned.")
 
 
-def _in_memory(file: ModelFile, plan: Plan, context_length: int, threads: int, started: float) -> GGUFEngine:
+def _in_memory(
+    file: ModelFile,
+    plan: Plan,
+    context_length: int,
+    threads: int,
+    started: float,
+    progress: Callable[[float], None] | None,
+) -> GGUFEngine:
     hook = make_hook() if PagedModel is not None else None
-    model = inmemory.load(file, plan)
+    model = inmemory.load(file, progress)
     try:
         context = LlamaContext(
             model,
@@ -307,9 +327,44 @@ def _in_memory(file: ModelFile, plan: Plan, context_length: int, threads: int, s
     return GGUFEngine(plan, model, context, None, hook, started)
 
 
-def _types(file: ModelFile) -> dict[str, str]:
-    return {tensor.name: tensor.type for tensor in file.tensors}
+def measure_device(file: ModelFile, threads: int, budget_bytes: int, again: bool = False) -> Device:
+    """How fast this machine reads this model's disk and multiplies by its types of weights; remembered."""
+    used = {tensor.type for tensor in file.tensors if tensor.nbytes > SMALL_BYTES}
+    room = budget_bytes // 4
+    return Device(
+        disk_bytes_per_second=disk_bytes_per_second(file.paths[0], again),
+        compute_bytes_per_second={kind: compute_bytes_per_second(kind, threads, room, again) for kind in sorted(used)},
+    )
 
 
-def _device(file: ModelFile) -> Device:
-    return Device(disk_bytes_per_second=2e9)
+@dataclass(frozen=True)
+class PlannedModel:
+    """A plan for a model that was looked at and not run."""
+
+    file: ModelFile
+    plan: Plan
+    device: Device
+    with_more: Callable[[int], Plan]  # the plan if the budget had so many bytes more
+
+
+def plan_model(
+    path: str | os.PathLike,
+    *,
+    memory: int | str | None = None,
+    context_length: int | None = None,
+    threads: int | None = None,
+    again: bool = False,
+) -> PlannedModel:
+    """What `open_engine` would do with the same arguments. `again`: measure the machine anew."""
+    threads = threads or default_threads()
+    file, budget, length = check_request(path, memory, context_length, threads)
+    if not streaming_support():
+        plan = inmemory.plan_without_streaming(file, budget)
+        return PlannedModel(file, plan, Device(disk_bytes_per_second=0.0), lambda _more: plan)
+    device = measure_device(file, threads, budget, again)
+    prepared = Prepared(file, context_length=length, threads=threads)
+    try:
+        plan = prepared.plan(budget, device)
+    finally:
+        prepared.close()
+    return PlannedModel(file, plan, device, lambda more: prepared.plan(budget + more, device))

@@ -10,7 +10,7 @@ import ctypes
 import os
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import llama_cpp
 import numpy as np
@@ -58,15 +58,30 @@ def _reason() -> str:
     return "; ".join(_errors) or "it gave no reason"
 
 
+class _BufferTypeOverride(ctypes.Structure):
+    """struct llama_model_tensor_buft_override"""
+
+    _fields_ = [("pattern", ctypes.c_char_p), ("buffer_type", ctypes.c_void_p)]
+
+
 class LlamaModel:
     """A model file opened by llama.cpp.
 
     `load_mode` is one of llama_cpp.LLAMA_LOAD_MODE_*; `use_extra_bufts` lets llama.cpp repack weights for
-    this processor, which changes the last digits of the results. Close every context before the model.
+    this processor, which changes the last digits of the results; `buffer_types` are (pattern of weight names,
+    ggml buffer type) that override where weights go. `progress` is called with the fraction that is loaded.
+    Close every context before the model.
     """
 
     def __init__(
-        self, path: str | os.PathLike, *, load_mode: int, use_extra_bufts: bool, vocab_only: bool = False
+        self,
+        path: str | os.PathLike,
+        *,
+        load_mode: int,
+        use_extra_bufts: bool,
+        vocab_only: bool = False,
+        buffer_types: Sequence[tuple[str, int]] = (),
+        progress: Callable[[float], None] | None = None,
     ):
         _start()
         _errors.clear()
@@ -78,6 +93,14 @@ class LlamaModel:
         params.lazy_mode = llama_cpp.LLAMA_LAZY_MODE_OFF
         params.use_extra_bufts = use_extra_bufts
         params.vocab_only = vocab_only
+        overrides = (_BufferTypeOverride * (len(buffer_types) + 1))()
+        for override, (pattern, buffer_type) in zip(overrides, buffer_types):
+            override.pattern, override.buffer_type = pattern.encode(), buffer_type
+        if buffer_types:
+            params.tensor_buft_overrides = ctypes.cast(overrides, ctypes.c_void_p)
+        if progress:
+            report = llama_cpp.llama_progress_callback(lambda fraction, _data: progress(fraction) or True)
+            params.progress_callback = report
         self.path = os.fspath(path)
         self.handle = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
         if not self.handle:

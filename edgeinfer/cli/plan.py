@@ -1,0 +1,103 @@
+"""`edgeinfer plan`: where each part of a model would go under a budget, and how fast that would be."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+
+import click
+
+from edgeinfer.budget import format_size
+from edgeinfer.cli.inspect import role_group
+from edgeinfer.errors import EdgeInferError
+from edgeinfer.modelfile import ModelFile
+from edgeinfer.plan import Plan
+
+GIB = 1 << 30
+PLACES = ("resident", "streamed", "rows")
+
+
+@click.command(
+    epilog="""\b
+    Examples:
+      edgeinfer plan big.gguf --memory 2GiB
+      edgeinfer plan big.gguf --memory 50% --json
+    """
+)
+@click.argument("model")
+@click.option("--memory", metavar="SIZE", help="Stay within 2GiB, 1500M, 50% ... Default: what is free now.")
+@click.option("--ctx", metavar="N", type=click.IntRange(1, 2**31 - 1), help="Tokens of context.")
+@click.option("--threads", metavar="N", type=click.IntRange(1, 512), help="Computing threads.")
+@click.option("--measure", is_flag=True, help="Measure the disk and the processor again.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object, with the place of every weight.")
+def plan(
+    model: str, memory: str | None, ctx: int | None, threads: int | None, measure: bool, as_json: bool
+) -> None:
+    """Show where each part of MODEL goes under a memory budget, the predicted speed, and what 1 GiB more would buy."""
+    from edgeinfer.engines.gguf import plan_model
+
+    try:
+        found = plan_model(model, memory=memory, context_length=ctx, threads=threads, again=measure)
+    except EdgeInferError as error:
+        raise click.ClickException(str(error)) from error
+    facts = describe(found.file, found.plan, found.device.disk_bytes_per_second, found.with_more(GIB))
+    click.echo(json.dumps(facts) if as_json else table(facts))
+
+
+def describe(file: ModelFile, plan: Plan, disk_bytes_per_second: float, more: Plan) -> dict:
+    """The facts that `--json` prints. Bytes, tokens per second."""
+    places = {tensor.name: _places(plan, tensor.name) for tensor in file.tensors}
+    parts: dict[str, Counter] = {}
+    for tensor in file.tensors:
+        for place in places[tensor.name]:
+            parts.setdefault(role_group(tensor), Counter())[place] += tensor.nbytes
+    totals = Counter()
+    for counts in parts.values():
+        totals.update(counts)
+    return {
+        "mode": plan.mode,
+        "budget_bytes": plan.budget_bytes,
+        "weights_bytes": file.weights_bytes,
+        "resident_bytes": totals["resident"],
+        "streamed_bytes_per_token": totals["streamed"],
+        "ring_bytes": plan.ring_bytes,
+        "overhead_bytes": plan.overhead_bytes,
+        "ledger": dict(plan.ledger.entries),
+        "disk_bytes_per_second": disk_bytes_per_second,
+        "predicted_tokens_per_second": plan.predicted_tokens_per_second,
+        "one_more_gib": {"mode": more.mode, "predicted_tokens_per_second": more.predicted_tokens_per_second},
+        "parts": {group: dict(counts) for group, counts in parts.items()},
+        "tensors": {name: list(found) for name, found in places.items()},
+    }
+
+
+def _places(plan: Plan, name: str) -> tuple[str, ...]:
+    """A tied embedding can be in two places: its rows, and the whole matrix."""
+    return tuple(place for place in PLACES if name in getattr(plan, place)) or ("unused",)
+
+
+def table(facts: dict) -> str:
+    """The facts for people."""
+    lines = [
+        f"Budget {format_size(facts['budget_bytes'])}, weights {format_size(facts['weights_bytes'])}: "
+        + ("everything stays in memory" if facts["mode"] == "in-memory" else "weights are streamed"),
+        "",
+        f"{'part':<24}{'in memory':>12}{'streamed':>12}{'rows only':>12}",
+    ]
+    for group, sizes in sorted(facts["parts"].items(), key=lambda item: -sum(item[1].values())):
+        cells = [format_size(sizes[place]) if sizes.get(place) else "-" for place in PLACES]
+        lines.append(f"{group:<24}" + "".join(f"{cell:>12}" for cell in cells))
+    lines += ["", "The process holds", _ledger(facts), ""]
+    speed, more = facts["predicted_tokens_per_second"], facts["one_more_gib"]["predicted_tokens_per_second"]
+    if facts["mode"] == "streaming":
+        per_token = format_size(facts["streamed_bytes_per_token"])
+        lines.append(f"Reads {per_token} a token; the disk gives {facts['disk_bytes_per_second'] / 1e9:.2f} GB/s.")
+    if speed:
+        lines.append(f"Predicted: {speed:.2f} tokens/s; with 1 GiB more: {more:.2f} tokens/s.")
+    return "\n".join(lines)
+
+
+def _ledger(facts: dict) -> str:
+    from edgeinfer.budget import Ledger
+
+    return Ledger(facts["ledger"]).table()
