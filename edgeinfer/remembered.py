@@ -39,10 +39,13 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _write(path: Path, values: dict[str, Any]) -> None:
+    beside = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+            beside = file.name
             json.dump(values, file, indent=1, sort_keys=True)
-        os.replace(file.name, path)
+        os.replace(beside, path)
     except OSError:
-        pass
+        if beside is not None:
+            Path(beside).unlink(missing_ok=True)
