@@ -9,7 +9,7 @@ from pathlib import Path
 BLOCK_BYTES = 24 << 20  # about a large weight matrix
 RING_BYTES = 192 << 20
 CHUNK_BYTES = 1 << 20
-READING_THREADS = 4
+READING_THREADS = 8
 _STREAMED = 1  # block_kind of native/pager.h
 
 

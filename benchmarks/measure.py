@@ -145,7 +145,7 @@ class Measurements:
 
     def _bounds(self, run: dict, compute: float) -> dict:
         """What one run is held against."""
-        bandwidth = (run["bandwidth_before"] + run["bandwidth_after"]) / 2
+        bandwidth = run["read_alone_bytes_per_second"]
         arguments = (run["budget_bytes"], run["overhead_bytes"], compute, bandwidth)
         needed = Bound(run["pass_weight_bytes"], *arguments)
         everything = Bound(self.weights_bytes, *arguments)

@@ -81,8 +81,11 @@ def streaming_rows(part: dict, compute: float) -> list[Row]:
         (f"{label}: weights in a pass, fixed overhead", _pass_and_overhead(last), ""),
         (f"{label}: compute a token, waiting for the disk", _compute_and_wait(compute, last), ""),
         (
-            f"{label}: disk before, after each run",
-            ", ".join(f"{rate:.2f}" for rate in bandwidths) + " GB/s",
+            f"{label}: disk between the tokens (before, after each run)",
+            ", ".join(f"{run['read_alone_bytes_per_second'] / GB:.2f}" for run in runs)
+            + " ("
+            + ", ".join(f"{rate:.2f}" for rate in bandwidths)
+            + ") GB/s",
             "",
         ),
         (

@@ -109,6 +109,10 @@ class GGUFEngine:
         """Append `tokens`; see `prefill`."""
         self.prefill(tokens)
 
+    def read_pass(self) -> int:
+        """Read the streamed weights of one pass without computing, and give the bytes; 0 where nothing is streamed."""
+        return self._worker.submit(self._paged.read_pass).result() if self._paged is not None else 0
+
     def sample(self, sampler: Sampler) -> int:
         """The token that follows the sequence."""
         return sampler.sample(self.context)

@@ -174,14 +174,14 @@ class PagedModel:
                     _native.open_pages(home, info.nbytes)
                 products[name] = len(blocks)
                 blocks.append((info.part, kind, info.offset, info.nbytes, home))
-        order = [
+        self._order = [
             products[use.name] for use in uses if use.name in products and not (use.rows and use.name in rows)
         ]
         self._ring = _native.Arena(plan.ring_bytes) if plan.ring_bytes else None
         self.pager = _native.Pager(
             [(str(path), plan.direct) for path in self.file.paths],
             blocks,
-            order,
+            self._order,
             self._ring,
             plan.chunk_bytes,
             plan.reading_threads,
@@ -251,6 +251,16 @@ class PagedModel:
             if error.errno == errno.ECANCELED:
                 raise
             raise ReadError(_explain(error)) from error
+
+    def read_pass(self) -> int:
+        """Read what one pass streams and compute nothing: how fast the disk alone would be. Gives the bytes."""
+        before = self.pager.statistics()["read_bytes"]
+        self._checked(self.pager.begin_pass)
+        for block in self._order:
+            self._checked(self.pager.acquire, block)
+            self.pager.release()
+        self._checked(self.pager.end_pass)
+        return self.pager.statistics()["read_bytes"] - before
 
     def pass_fraction(self) -> float:
         """How much of the current pass's order of use is done, 0 to 1. From any thread."""
