@@ -1,4 +1,4 @@
-"""Streaming under the tests' control: plans made by hand for models that would fit, and stock llama.cpp's logits.
+"""Streaming under the tests' control: plans made by hand, and stock llama.cpp's logits to compare with.
 
 Tiny models fit any real budget, so the tests say themselves what is streamed and how large the ring is.
 """
@@ -22,7 +22,7 @@ TABLE = "token_embd.weight"
 
 
 def make_plan(kind: str, uses: Sequence[WeightUse], **options: object) -> Plan:
-    """A plan that streams "everything" that can be, or every other weight ("alternating"), or the "largest" three.
+    """A plan that streams "everything" that can be, every other weight ("alternating"), or the "largest" three.
 
     The ring holds the largest streamed weight and the next one, or (alternating) only the largest.
     """
@@ -156,4 +156,5 @@ def shim_environment(library: Path, **settings: object) -> dict[str, str]:
     paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
     values = {name: str(value) for name, value in settings.items()}
     python_path = os.pathsep.join(filter(None, paths))
-    return {**os.environ, "LD_PRELOAD": str(library), "PYTHONPATH": python_path, **values}
+    preload = " ".join([*os.environ.get("LD_PRELOAD", "").split(), str(library)])  # a sanitizer's comes first
+    return {**os.environ, "LD_PRELOAD": preload, "PYTHONPATH": python_path, **values}

@@ -95,7 +95,7 @@ def test_with_and_without_flash_attention(models, flash_attention):
     assert_same_bits(run_streamed(path, "everything", case), run_stock(path, case))
 
 
-# ---- the ways of reading -------------------------------------------------------------------------------------
+# ---- the ways of reading -------------------------------------------------------------------------------
 
 
 def test_buffered_reads(models):
@@ -170,7 +170,7 @@ def test_odd_file_systems(models, tmp_path, setting, failed):
 
 
 def test_large_vocabulary(models):
-    """The file begins with megabytes of tokens, whose address space llama.cpp gives back; rows are far apart."""
+    """A file that begins with megabytes of tokens, whose address space is given back; rows are far apart."""
     path = tiny_model(models, "gemma", "Q8_0", vocabulary=40_000)
     tokens = some_tokens(64, 40_000)
     with streaming_engine(path) as engine:

@@ -1,4 +1,4 @@
-"""The budget in a real memory cgroup: the whole command, a model of 600 MB with a vocabulary of 128,000 tokens."""
+"""The budget in a real memory cgroup: the whole command, 600 MB of weights, a vocabulary of 128,000 tokens."""
 
 import json
 import re
@@ -37,7 +37,14 @@ def answer(model):
 
 
 def command(model, memory, tokens=12, context=CONTEXT):
-    options = {"-p": PROMPT, "-n": tokens, "--temperature": 0, "--ctx": context, "--threads": 2, "--memory": memory}
+    options = {
+        "-p": PROMPT,
+        "-n": tokens,
+        "--temperature": 0,
+        "--ctx": context,
+        "--threads": 2,
+        "--memory": memory,
+    }
     values = [str(value) for option in options.items() for value in option]
     return [sys.executable, "-m", "edgeinfer", "run", str(model), *values]
 

@@ -33,7 +33,7 @@ def models(tmp_path_factory):
     return tmp_path_factory.mktemp("models")
 
 
-# ---- two at once ---------------------------------------------------------------------------------------------
+# ---- two at once ---------------------------------------------------------------------------------------
 
 
 def test_two_models_in_turn(models):
@@ -75,7 +75,7 @@ def test_models_that_load_and_compute_at_the_same_time(models):
         assert all(threads.map(run, range(len(work)), timeout=120))
 
 
-# ---- load, close, load again ---------------------------------------------------------------------------------
+# ---- load, close, load again ---------------------------------------------------------------------------
 
 
 def held():
@@ -157,7 +157,7 @@ def test_nothing_is_left_behind(tmp_path, life):
     assert after["address space"] < before["address space"] + 20_000_000
 
 
-# ---- real models ---------------------------------------------------------------------------------------------
+# ---- real models ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(not DATA, reason="EDGEINFER_TEST_DATA (real models) is not set")

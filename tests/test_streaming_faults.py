@@ -1,4 +1,4 @@
-"""Faults while a model is streamed: one clear error, never a wrong token, never a hang; Ctrl-C anywhere in a pass."""
+"""Faults while a model is streamed: one clear error, never a wrong token, never a hang; Ctrl-C at any time."""
 
 import json
 import os
@@ -148,7 +148,7 @@ def test_file_that_is_replaced_while_it_is_loaded(models, model):
         prepared.close()
 
 
-# ---- the disk ------------------------------------------------------------------------------------------------
+# ---- the disk ------------------------------------------------------------------------------------------
 
 
 def run_with_shim(shim, path, out, batches, **settings):
@@ -181,7 +181,7 @@ def test_disk_that_fails_in_the_middle_of_a_token(models, shim, tmp_path, good_r
         assert np.array_equal(logits, stock_logits(path, batches)[: len(logits)])
 
 
-# ---- Ctrl-C --------------------------------------------------------------------------------------------------
+# ---- Ctrl-C --------------------------------------------------------------------------------------------
 
 
 def interrupting(after_calls):
@@ -297,7 +297,7 @@ def test_ctrl_c_while_waiting_for_a_slow_disk(models, shim):
     assert len(seconds) == 2 and max(seconds) < 0.5
 
 
-# ---- the command ---------------------------------------------------------------------------------------------
+# ---- the command ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
