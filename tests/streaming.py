@@ -22,7 +22,7 @@ TABLE = "token_embd.weight"
 
 
 def make_plan(kind: str, uses: Sequence[WeightUse], **options: object) -> Plan:
-    """A plan that streams "everything" that can be, every other weight ("alternating"), or the "largest" three.
+    """A plan that streams "everything" it can, every other weight ("alternating"), or the "largest" three.
 
     The ring holds the largest streamed weight and the next one, or (alternating) only the largest.
     """

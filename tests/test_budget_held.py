@@ -1,4 +1,4 @@
-"""The budget in a real memory cgroup: the whole command, 600 MB of weights, a vocabulary of 128,000 tokens."""
+"""The budget in a real memory cgroup: the command, 600 MB of weights and a vocabulary of 128,000 tokens."""
 
 import json
 import re

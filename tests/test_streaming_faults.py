@@ -1,4 +1,4 @@
-"""Faults while a model is streamed: one clear error, never a wrong token, never a hang; Ctrl-C at any time."""
+"""Faults while a model is streamed: one error, never a wrong token, never a hang; Ctrl-C at any time."""
 
 import json
 import os
