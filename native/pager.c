@@ -93,7 +93,8 @@ static void ring_place(pager *p, use *u)
 static size_t piece_bytes(const pager *p, const block *b, const transfer *t)
 {
     size_t left = b->span - t->issued;
-    return left < p->chunk_bytes ? left : p->chunk_bytes;
+    size_t limit = p->chunk_bytes - (size_t)((b->start + t->issued) % p->alignment); /* the next one starts a page */
+    return left < limit ? left : limit;
 }
 
 /* Whether nothing that is still held lies where the next piece of this use goes. */
@@ -376,12 +377,16 @@ int pager_open_rows(pager *p, uint32_t number, size_t row_bytes, const int32_t *
             error = EINVAL;
             break;
         }
-        /* Neighbouring rows share pages: read each stretch of pages once. */
+        /* Neighbouring rows share pages: read each stretch of pages once, but nothing outside the table. */
         uint64_t start = round_down(b->offset + (uint64_t)sorted[i] * row_bytes, p->alignment);
         uint64_t needed, end = start;
+        if (start < b->offset)
+            start = b->offset;
         do {
             needed = b->offset + ((uint64_t)sorted[i] + 1) * row_bytes;
             end = round_up(needed, p->alignment);
+            if (end > b->offset + b->bytes)
+                end = b->offset + b->bytes;
             i++;
         } while (i < num_rows && (uint64_t)sorted[i] < b->bytes / row_bytes &&
                  b->offset + (uint64_t)sorted[i] * row_bytes <= end);
@@ -405,8 +410,8 @@ void pager_close_rows(pager *p, uint32_t number)
 {
     /* The first and last page may hold a neighbour's bytes too: they stay. */
     block *b = &p->blocks[number];
-    uintptr_t start = round_up((uintptr_t)b->home, p->alignment);
-    uintptr_t end = round_down((uintptr_t)b->home + b->bytes, p->alignment);
+    uintptr_t start = round_up((uintptr_t)b->home, memory_page_bytes());
+    uintptr_t end = round_down((uintptr_t)b->home + b->bytes, memory_page_bytes());
     if (end > start)
         (void)memory_guard((void *)start, end - start);
 }
@@ -422,17 +427,19 @@ static int check_layout(pager *p)
         uint64_t size = (uint64_t)p->sources[b->source].size;
         if (b->offset > size || b->bytes > size - b->offset)
             return EINVAL;
-        b->start = round_down(b->offset, p->alignment);
-        b->span = (size_t)(round_up(b->offset + b->bytes, p->alignment) - b->start);
         memset(&b->resident, 0, sizeof b->resident);
         if (b->kind == BLOCK_STREAMED) {
+            b->start = round_down(b->offset, p->alignment);
+            b->span = (size_t)(round_up(b->offset + b->bytes, p->alignment) - b->start);
             if (b->span > p->ring_bytes)
                 return ENOSPC;
             continue;
         }
         if (b->home == NULL || ((uintptr_t)b->home - b->offset) % p->alignment != 0)
             return EINVAL;
-        b->resident.to = b->home - (b->offset - b->start);
+        b->start = b->offset;
+        b->span = (size_t)b->bytes;
+        b->resident.to = b->home;
     }
     for (size_t i = 0; i < p->num_uses; i++) {
         if (p->uses[i].block >= p->num_blocks || p->blocks[p->uses[i].block].kind == BLOCK_ROWS)

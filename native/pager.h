@@ -23,7 +23,7 @@ typedef enum { BLOCK_RESIDENT = 0, BLOCK_STREAMED = 1, BLOCK_ROWS = 2 } block_ki
 
 typedef enum { TRANSFER_IDLE = 0, TRANSFER_READING, TRANSFER_READY } transfer_state;
 
-/* One reading of a block: the aligned file range around it goes to `to`. */
+/* One reading of a block: `span` bytes of the file from `start` go to `to`. */
 typedef struct {
     transfer_state state;
     uint8_t *to;
@@ -34,8 +34,8 @@ typedef struct {
     uint32_t source;
     block_kind kind;
     uint64_t offset, bytes; /* what is wanted */
-    uint64_t start;         /* the aligned range around it: file offset ... */
-    size_t span;            /* ... and length */
+    uint64_t start;         /* what is read: streamed, the aligned range around it; else exactly it, for the rest of */
+    size_t span;            /* its first and last page belongs to its neighbours */
     uint8_t *home;          /* where byte `offset` lives when resident; NULL for a block that is only streamed */
     transfer resident;
 } block;
@@ -47,7 +47,7 @@ typedef struct {
 } use;
 
 typedef struct {
-    uint64_t read_bytes;     /* by the reading threads, block rounding included */
+    uint64_t read_bytes;     /* by the reading threads, rounding to blocks of the disk included */
     uint64_t resident_bytes; /* of them, into resident blocks */
     uint64_t row_bytes;      /* read for rows */
     uint64_t wait_ns;        /* the acquiring thread stood still */

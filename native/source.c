@@ -83,13 +83,20 @@ int source_read(source *file, void *address, uint64_t offset, size_t length, siz
 {
     uint8_t *to = address;
     size_t done = 0;
-    bool direct = atomic_load_explicit(&file->direct, memory_order_relaxed);
+    bool direct = atomic_load_explicit(&file->direct, memory_order_relaxed), buffered = false;
     while (done < needed) {
-        int fd = direct ? file->direct_fd : file->buffered_fd;
-        ssize_t got = pread(fd, to + done, length - done, (off_t)(offset + done));
+        uint64_t at = offset + done;
+        size_t want = length - done;
+        size_t to_next_block = (size_t)(round_up(at, file->alignment) - at);
+        bool whole_blocks = direct && to_next_block == 0 && want >= file->alignment;
+        if (whole_blocks)
+            want = (size_t)round_down(want, file->alignment);
+        else if (direct && to_next_block > 0 && to_next_block < want)
+            want = to_next_block;
+        ssize_t got = pread(whole_blocks ? file->direct_fd : file->buffered_fd, to + done, want, (off_t)at);
         if (got < 0 && errno == EINTR)
             continue;
-        if (got < 0 && errno == EINVAL && direct) {
+        if (got < 0 && errno == EINVAL && whole_blocks) {
             /* Some file systems accept O_DIRECT on open and refuse it on read. */
             atomic_store_explicit(&file->direct, false, memory_order_relaxed);
             direct = false;
@@ -100,11 +107,12 @@ int source_read(source *file, void *address, uint64_t offset, size_t length, siz
         if (got == 0)
             return ENODATA;
         done += (size_t)got;
-        /* A direct read that stopped inside a block cannot go on directly. */
-        direct = direct && done % file->alignment == 0;
+        buffered = buffered || !whole_blocks;
     }
-    if (!direct)
-        (void)posix_fadvise(file->buffered_fd, (off_t)offset, (off_t)length, POSIX_FADV_DONTNEED);
+    if (buffered) { /* only pages that lie wholly inside the range are dropped */
+        uint64_t start = round_down(offset, memory_page_bytes()), end = round_up(offset + length, memory_page_bytes());
+        (void)posix_fadvise(file->buffered_fd, (off_t)start, (off_t)(end - start), POSIX_FADV_DONTNEED);
+    }
     return 0;
 }
 

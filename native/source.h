@@ -13,7 +13,7 @@ typedef struct {
     char *path;          /* for messages */
     int direct_fd;       /* -1 where the file system refuses O_DIRECT */
     int buffered_fd;
-    size_t alignment;    /* file offsets, addresses and lengths of reads are multiples of this */
+    size_t alignment;    /* file offsets, addresses and lengths of direct reads are multiples of this */
     atomic_bool direct;  /* turned off by the first read that the file system refuses */
     /* What the file was when it was opened: a change ends the run. */
     dev_t device;
@@ -26,8 +26,10 @@ typedef struct {
 int source_open(source *file, const char *path, bool direct);
 void source_close(source *file);
 
-/* Reads at least `needed` of `length` bytes (the rest may lie past the end of the file). `address`, `offset` and
-   `length` are multiples of file->alignment. 0, or an errno; ENODATA where the file ends too early. */
+/* Reads at least `needed` of `length` bytes (the rest may lie past the end of the file). `address` and `offset` lie at
+   the same place in a block of file->alignment bytes. Whole blocks are read directly, the part of a block at either
+   end through the page cache, and nothing outside the range is written, not even for a moment: an encrypting device
+   decrypts a direct read where it lies. 0, or an errno; ENODATA where the file ends too early. */
 int source_read(source *file, void *address, uint64_t offset, size_t length, size_t needed);
 
 /* True while the file is the one that was opened, unchanged. */
