@@ -197,7 +197,7 @@ static void drop_fetched(pager *p, uint64_t from, uint64_t next)
     while (p->in_flight > 0)
         pthread_cond_wait(&p->ready, &p->lock);
     uint64_t last = p->fetch;
-    for (uint64_t i = from; i <= last && i < from + p->num_uses; i++) {
+    for (uint64_t i = from; i <= last && i < p->released + p->num_uses; i++) { /* further on they are the held ones */
         use *u = use_at(p, i);
         transfer *t = transfer_of(p, u);
         bool partial = t->state == TRANSFER_READING && t->issued < block_of(p, u)->span;
@@ -297,17 +297,46 @@ static bool wait_for(pager *p, uint64_t number)
     return !pager_halted(p);
 }
 
+/* Where a block is in memory although its next use is not the next one: resident, or not given back yet. */
+static transfer *find_present(pager *p, uint32_t wanted)
+{
+    transfer *resident = &p->blocks[wanted].resident;
+    if (resident->state == TRANSFER_READY)
+        return resident;
+    for (uint64_t i = p->released; i < p->cursor; i++) {
+        use *u = use_at(p, i);
+        if (u->block == wanted && u->streamed.state == TRANSFER_READY)
+            return &u->streamed;
+    }
+    return NULL;
+}
+
+/* Uses that were passed by unread, or are of resident blocks, hold nothing: the window moves over them. */
+static void skip_released_locked(pager *p)
+{
+    uint64_t before = p->released;
+    while (p->released < p->cursor && use_at(p, p->released)->streamed.state != TRANSFER_READY)
+        p->released++;
+    if (p->released != before)
+        pthread_cond_broadcast(&p->work);
+}
+
 /* Moves the cursor to the next use of this block. The lock is held. */
 static bool seek_block(pager *p, uint32_t wanted)
 {
-    if (use_at(p, p->cursor)->block == wanted)
-        return true;
-    for (uint64_t skipped = 1; skipped < p->num_uses; skipped++) {
+    skip_released_locked(p);
+    for (uint64_t skipped = 0; skipped < p->num_uses; skipped++) {
         uint64_t target = p->cursor + skipped;
         if (use_at(p, target)->block != wanted)
             continue;
+        if (target >= p->released + p->num_uses) {
+            fail_locked(p, ENOBUFS, "a weight was needed that comes a whole pass after one that is still in use");
+            return false;
+        }
+        if (skipped == 0)
+            return true;
         p->statistics.reorders++;
-        if (target >= p->fetch || target >= p->released + p->num_uses) {
+        if (target >= p->fetch) {
             drop_fetched(p, p->cursor, target);
             return true;
         }
@@ -324,11 +353,20 @@ static bool seek_block(pager *p, uint32_t wanted)
 bool pager_acquire(pager *p, uint32_t wanted, uint8_t **address, bool *next_ready)
 {
     pthread_mutex_lock(&p->lock);
-    bool good = !pager_halted(p) && seek_block(p, wanted) && wait_for(p, p->cursor);
+    const block *b = &p->blocks[wanted];
+    transfer *t = NULL;
+    bool good = !pager_halted(p);
+    bool in_order = p->cursor < p->released + p->num_uses && use_at(p, p->cursor)->block == wanted;
+    if (good && !in_order)
+        t = find_present(p, wanted);
+    if (t != NULL) {
+        p->statistics.reorders++;
+    } else if (good) {
+        good = seek_block(p, wanted) && wait_for(p, p->cursor);
+        t = good ? transfer_of(p, use_at(p, p->cursor++)) : NULL;
+    }
     if (good) {
-        use *u = use_at(p, p->cursor++);
-        block *b = block_of(p, u);
-        *address = transfer_of(p, u)->to + (b->offset - b->start);
+        *address = t->to + (b->offset - b->start);
         *next_ready = p->cursor % p->num_uses == 0 ||
                       transfer_of(p, use_at(p, p->cursor))->state == TRANSFER_READY;
     }
@@ -340,7 +378,8 @@ bool pager_wait_next(pager *p)
 {
     pthread_mutex_lock(&p->lock);
     bool good = !pager_halted(p);
-    if (good && p->num_uses > 0 && p->cursor % p->num_uses != 0)
+    bool can_come = p->cursor < p->released + p->num_uses; /* otherwise it waits for pager_release */
+    if (good && can_come && p->cursor % p->num_uses != 0)
         good = wait_for(p, p->cursor);
     pthread_mutex_unlock(&p->lock);
     return good;
