@@ -107,7 +107,7 @@ typedef struct {
     pager pager;
     PyObject *ring;
     bool open;
-    int users; /* calls under way without the GIL */
+    int users; /* calls under way without the GIL, and hooks that are bound */
 } pager_object;
 
 static PyObject *raise_pager_error(pager_object *self)
@@ -294,7 +294,7 @@ static PyObject *py_pager_close(PyObject *object, PyObject *unused)
     (void)unused;
     pager_object *self = (pager_object *)object;
     if (self->users > 0)
-        return PyErr_Format(PyExc_RuntimeError, "the pager is in use by %d calls", self->users);
+        return PyErr_Format(PyExc_RuntimeError, "the pager is in use by %d calls or hooks", self->users);
     pager_shut(self);
     Py_RETURN_NONE;
 }
@@ -452,7 +452,7 @@ static PyType_Spec pager_spec = {"edgeinfer._native.Pager", sizeof(pager_object)
 typedef struct {
     PyObject_HEAD
     hook hook;
-    PyObject *pager; /* kept alive while bound */
+    PyObject *pager; /* kept alive and open while bound */
 } hook_object;
 
 static bool take_function(PyObject *functions, const char *name, void *to)
@@ -503,11 +503,25 @@ static PyObject *hook_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     return (PyObject *)self;
 }
 
+/* A bound pager counts the hook among its users, so that it cannot be closed under a pass. */
+static void hook_exchange_pager(hook_object *self, pager_object *bound)
+{
+    PyObject *before = self->pager;
+    self->pager = (PyObject *)bound;
+    if (bound != NULL) {
+        bound->users++;
+        Py_INCREF(bound);
+    }
+    if (before != NULL)
+        ((pager_object *)before)->users--;
+    Py_XDECREF(before);
+}
+
 static void hook_dealloc(PyObject *object)
 {
     hook_object *self = (hook_object *)object;
     hook_clear(&self->hook);
-    Py_CLEAR(self->pager);
+    hook_exchange_pager(self, NULL);
     free_heap_object(object);
 }
 
@@ -620,6 +634,8 @@ static PyObject *py_hook_bind(PyObject *object, PyObject *args)
         }
         Py_XDECREF(item);
     }
+    if (!PyErr_Occurred() && !bound->open)
+        PyErr_SetString(PyExc_ValueError, "the pager is closed");
     if (!PyErr_Occurred())
         error = hook_bind(&self->hook, &bound->pager, weights, (size_t)num);
     PyMem_Free(weights);
@@ -627,8 +643,7 @@ static PyObject *py_hook_bind(PyObject *object, PyObject *args)
         return NULL;
     if (error != 0)
         return PyErr_NoMemory();
-    Py_INCREF(pager_argument);
-    Py_XSETREF(self->pager, pager_argument);
+    hook_exchange_pager(self, bound);
     Py_RETURN_NONE;
 }
 
@@ -636,7 +651,7 @@ static PyObject *py_hook_unbind(PyObject *object, PyObject *unused)
 {
     (void)unused;
     ((hook_object *)object)->hook.pager = NULL;
-    Py_CLEAR(((hook_object *)object)->pager);
+    hook_exchange_pager((hook_object *)object, NULL);
     Py_RETURN_NONE;
 }
 
