@@ -27,6 +27,49 @@ static PyObject *raise_errno(int error, const char *text)
     return NULL;
 }
 
+/* Converters for "O&". The formats "I" and "K" take a number modulo 2^32 or 2^64 without a word. */
+static int to_uint64(PyObject *value, void *to)
+{
+    PyObject *number = PyNumber_Index(value);
+    if (number == NULL)
+        return 0;
+    *(uint64_t *)to = PyLong_AsUnsignedLongLong(number);
+    Py_DECREF(number);
+    return !PyErr_Occurred();
+}
+
+static int to_uint32(PyObject *value, void *to)
+{
+    uint64_t number;
+    if (!to_uint64(value, &number))
+        return 0;
+    if (number > UINT32_MAX) {
+        PyErr_Format(PyExc_OverflowError, "expected a number below 2**32, got %R", value);
+        return 0;
+    }
+    *(uint32_t *)to = (uint32_t)number;
+    return 1;
+}
+
+/* Reads element `index` of a sequence, a tuple that `names` describes. */
+static bool parse_tuple_at(PyObject *list, Py_ssize_t index, const char *names, const char *format, ...)
+{
+    PyObject *item = PySequence_GetItem(list, index);
+    if (item == NULL)
+        return false;
+    bool good = PyTuple_Check(item);
+    if (good) {
+        va_list to;
+        va_start(to, format);
+        good = PyArg_VaParse(item, format, to);
+        va_end(to);
+    } else {
+        PyErr_Format(PyExc_TypeError, "expected a tuple %s, got %s", names, Py_TYPE(item)->tp_name);
+    }
+    Py_DECREF(item);
+    return good;
+}
+
 static void free_heap_object(PyObject *self)
 {
     PyTypeObject *type = Py_TYPE(self);
@@ -144,9 +187,9 @@ static source *parse_sources(PyObject *list, size_t *count)
         return NULL;
     }
     for (; opened < num; opened++) {
-        PyObject *item = PySequence_GetItem(list, opened), *path = NULL;
+        PyObject *path = NULL;
         int direct = 0, error = -1;
-        if (item != NULL && PyArg_ParseTuple(item, "O&p", PyUnicode_FSConverter, &path, &direct)) {
+        if (parse_tuple_at(list, opened, "(path, direct)", "O&p", PyUnicode_FSConverter, &path, &direct)) {
             error = source_open(&sources[opened], PyBytes_AS_STRING(path), direct != 0);
             if (error != 0) {
                 errno = error;
@@ -154,7 +197,6 @@ static source *parse_sources(PyObject *list, size_t *count)
             }
         }
         Py_XDECREF(path);
-        Py_XDECREF(item);
         if (error != 0)
             goto failed;
     }
@@ -178,13 +220,10 @@ static block *parse_blocks(PyObject *list, size_t *count)
         return NULL;
     }
     for (Py_ssize_t i = 0; i < num; i++) {
-        PyObject *item = PySequence_GetItem(list, i);
-        unsigned int source_number, kind;
-        unsigned long long offset, bytes, home;
-        int parsed = item != NULL &&
-                     PyArg_ParseTuple(item, "IIKKK", &source_number, &kind, &offset, &bytes, &home);
-        Py_XDECREF(item);
-        if (!parsed) {
+        uint32_t source_number, kind;
+        uint64_t offset, bytes, home;
+        if (!parse_tuple_at(list, i, "(source, kind, offset, bytes, home)", "O&O&O&O&O&", to_uint32, &source_number,
+                            to_uint32, &kind, to_uint64, &offset, to_uint64, &bytes, to_uint64, &home)) {
             free(blocks);
             return NULL;
         }
@@ -207,15 +246,12 @@ static use *parse_order(PyObject *list, size_t *count)
     }
     for (Py_ssize_t i = 0; i < num; i++) {
         PyObject *item = PySequence_GetItem(list, i);
-        unsigned long number = item ? PyLong_AsUnsignedLong(item) : 0;
+        bool parsed = item != NULL && to_uint32(item, &uses[i].block);
         Py_XDECREF(item);
-        if (PyErr_Occurred() || number > UINT32_MAX) {
-            if (!PyErr_Occurred())
-                PyErr_Format(PyExc_ValueError, "expected a block number, got %lu", number);
+        if (!parsed) {
             free(uses);
             return NULL;
         }
-        uses[i].block = (uint32_t)number;
     }
     *count = (size_t)num;
     return uses;
@@ -334,15 +370,15 @@ static PyObject *py_pager_end_pass(PyObject *object, PyObject *unused)
 static PyObject *py_pager_acquire(PyObject *object, PyObject *argument)
 {
     pager_object *self = (pager_object *)object;
-    unsigned long number = PyLong_AsUnsignedLong(argument);
-    if (PyErr_Occurred())
+    uint32_t number;
+    if (!to_uint32(argument, &number))
         return NULL;
     uint8_t *address = NULL;
     bool good, next_ready;
     PAGER_CALL(self, good = number < self->pager.num_blocks && self->pager.num_uses > 0 &&
-                            pager_acquire(&self->pager, (uint32_t)number, &address, &next_ready));
+                            pager_acquire(&self->pager, number, &address, &next_ready));
     if (number >= self->pager.num_blocks)
-        return PyErr_Format(PyExc_IndexError, "expected a block below %zu, got %lu", self->pager.num_blocks, number);
+        return PyErr_Format(PyExc_IndexError, "expected a block below %zu, got %u", self->pager.num_blocks, number);
     if (!good)
         return raise_pager_error(self);
     return PyLong_FromVoidPtr(address);
@@ -364,7 +400,7 @@ static PyObject *py_pager_abort(PyObject *object, PyObject *unused)
     Py_RETURN_NONE;
 }
 
-static bool is_rows_block(pager_object *self, unsigned long number)
+static bool is_rows_block(pager_object *self, uint32_t number)
 {
     return number < self->pager.num_blocks && self->pager.blocks[number].kind == BLOCK_ROWS;
 }
@@ -372,11 +408,11 @@ static bool is_rows_block(pager_object *self, unsigned long number)
 static PyObject *py_pager_open_rows(PyObject *object, PyObject *args)
 {
     pager_object *self = (pager_object *)object;
-    unsigned long number;
+    uint32_t number;
     Py_ssize_t row_bytes;
     Py_buffer rows;
     int error = EINVAL;
-    if (!PyArg_ParseTuple(args, "kny*", &number, &row_bytes, &rows))
+    if (!PyArg_ParseTuple(args, "O&ny*", to_uint32, &number, &row_bytes, &rows))
         return NULL;
     if (!pager_enter(self)) {
         PyBuffer_Release(&rows);
@@ -384,7 +420,7 @@ static PyObject *py_pager_open_rows(PyObject *object, PyObject *args)
     }
     if (is_rows_block(self, number) && row_bytes > 0 && rows.len % (Py_ssize_t)sizeof(int32_t) == 0) {
         Py_BEGIN_ALLOW_THREADS
-        error = pager_open_rows(&self->pager, (uint32_t)number, (size_t)row_bytes, rows.buf,
+        error = pager_open_rows(&self->pager, number, (size_t)row_bytes, rows.buf,
                                 (size_t)rows.len / sizeof(int32_t));
         Py_END_ALLOW_THREADS
     }
@@ -398,12 +434,12 @@ static PyObject *py_pager_open_rows(PyObject *object, PyObject *args)
 static PyObject *py_pager_close_rows(PyObject *object, PyObject *argument)
 {
     pager_object *self = (pager_object *)object;
-    unsigned long number = PyLong_AsUnsignedLong(argument);
-    if (PyErr_Occurred())
+    uint32_t number;
+    if (!to_uint32(argument, &number))
         return NULL;
     if (self->open && !is_rows_block(self, number))
-        return PyErr_Format(PyExc_ValueError, "block %lu is not a table of rows", number);
-    PAGER_CALL(self, pager_close_rows(&self->pager, (uint32_t)number));
+        return PyErr_Format(PyExc_ValueError, "block %u is not a table of rows", number);
+    PAGER_CALL(self, pager_close_rows(&self->pager, number));
     Py_RETURN_NONE;
 }
 
@@ -559,11 +595,9 @@ static PyObject *py_hook_set_ranges(PyObject *object, PyObject *list)
         return PyErr_NoMemory();
     int error = 0;
     for (Py_ssize_t i = 0; i < num && !PyErr_Occurred(); i++) {
-        PyObject *item = PySequence_GetItem(list, i);
-        unsigned long long start, end;
-        if (item != NULL && PyArg_ParseTuple(item, "KK", &start, &end))
+        uint64_t start, end;
+        if (parse_tuple_at(list, i, "(start, end)", "O&O&", to_uint64, &start, to_uint64, &end))
             ranges[i] = (hook_range){(uintptr_t)start, (uintptr_t)end};
-        Py_XDECREF(item);
     }
     if (!PyErr_Occurred())
         error = hook_set_ranges(&((hook_object *)object)->hook, ranges, (size_t)num);
@@ -621,18 +655,17 @@ static PyObject *py_hook_bind(PyObject *object, PyObject *args)
         return PyErr_NoMemory();
     int error = 0;
     for (Py_ssize_t i = 0; i < num && !PyErr_Occurred(); i++) {
-        PyObject *item = PySequence_GetItem(list, i);
-        unsigned long long tensor, home;
+        uint64_t tensor, home;
         long number;
         int streamed, rows;
-        if (item != NULL && PyArg_ParseTuple(item, "KKlpp", &tensor, &home, &number, &streamed, &rows)) {
+        if (parse_tuple_at(list, i, "(tensor, home, block, streamed, rows)", "O&O&lpp", to_uint64, &tensor, to_uint64,
+                           &home, &number, &streamed, &rows)) {
             if (number >= (long)bound->pager.num_blocks)
                 PyErr_Format(PyExc_IndexError, "expected a block below %zu, got %ld", bound->pager.num_blocks, number);
             weights[i] = (hook_weight){.tensor = (ggml_view *)(uintptr_t)tensor, .home = (void *)(uintptr_t)home,
                                        .block = number < 0 ? 0 : (uint32_t)number, .has_block = number >= 0,
                                        .streamed = streamed != 0, .rows = rows != 0};
         }
-        Py_XDECREF(item);
     }
     if (!PyErr_Occurred() && !bound->open)
         PyErr_SetString(PyExc_ValueError, "the pager is closed");
@@ -731,11 +764,9 @@ static PyObject *load_without_reading(PyObject *module, PyObject *args)
         return PyErr_NoMemory();
     PyObject *result = NULL, *addresses = NULL, *answer = NULL;
     for (Py_ssize_t i = 0; i < num; i++) {
-        PyObject *item = PySequence_GetItem(list, i);
-        unsigned long long device, inode, bytes;
-        int parsed = item != NULL && PyArg_ParseTuple(item, "KKK", &device, &inode, &bytes);
-        Py_XDECREF(item);
-        if (!parsed)
+        uint64_t device, inode, bytes;
+        if (!parse_tuple_at(list, i, "(device, inode, bytes)", "O&O&O&", to_uint64, &device, to_uint64, &inode, to_uint64,
+                            &bytes))
             goto done;
         files[i] = (intercepted_file){.device = (dev_t)device, .inode = (ino_t)inode, .bytes = (size_t)bytes};
     }
@@ -766,8 +797,8 @@ done:
 
 static PyObject *pages_call(PyObject *args, int (*call)(void *, size_t), const char *what)
 {
-    unsigned long long address, bytes;
-    if (!PyArg_ParseTuple(args, "KK", &address, &bytes))
+    uint64_t address, bytes;
+    if (!PyArg_ParseTuple(args, "O&O&", to_uint64, &address, to_uint64, &bytes))
         return NULL;
     if (call((void *)(uintptr_t)address, (size_t)bytes) != 0)
         return raise_errno(errno, what);
