@@ -2,6 +2,7 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
+#include <dlfcn.h>
 #include <errno.h>
 #include <stddef.h>
 #include <stdlib.h>
@@ -501,6 +502,11 @@ static bool take_function(PyObject *functions, const char *name, void *to)
     void *address = PyLong_AsVoidPtr(value);
     if (PyErr_Occurred())
         return false;
+    Dl_info where;
+    if (dladdr(address, &where) == 0) {
+        PyErr_Format(PyExc_ValueError, "expected the address of %s, got %R, which lies in no loaded library", name, value);
+        return false;
+    }
     memcpy(to, &address, sizeof address);
     return true;
 }
