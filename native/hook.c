@@ -91,11 +91,11 @@ static void give_back(hook *h)
 /* The pass cannot go on, and this node must not touch what is absent. The abort callback ends the pass behind it. */
 static void silence(hook *h, ggml_view *node)
 {
-    if (h->silenced == NULL) {
-        h->silenced = node;
-        h->silenced_op = node->op;
-        node->op = h->operations.none;
-    }
+    if (h->silenced != NULL) /* nodes come in order: that one is past */
+        h->silenced->op = h->silenced_op;
+    h->silenced = node;
+    h->silenced_op = node->op;
+    node->op = h->operations.none;
 }
 
 static void refuse(hook *h, ggml_view *node, const ggml_view *weight, const char *why)
