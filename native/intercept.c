@@ -64,7 +64,7 @@ static int search_library(struct dl_phdr_info *info, size_t size, void *data)
     (void)size;
     search *found = data;
     size_t length = strlen(info->dlpi_name), wanted = strlen(found->library);
-    if (length < wanted || strcmp(info->dlpi_name + length - wanted, found->library) != 0)
+    if (wanted == 0 || length < wanted || strcmp(info->dlpi_name + length - wanted, found->library) != 0)
         return 0;
     for (int i = 0; i < info->dlpi_phnum; i++) {
         if (info->dlpi_phdr[i].p_type != PT_DYNAMIC)
@@ -110,6 +110,8 @@ static bool write_slot(void **where, void *value)
 
 bool intercept_begin(const char *library, intercepted_file *files, size_t num_files)
 {
+    if (expected != NULL) /* on this thread already: the lock would wait for itself */
+        return false;
     pthread_mutex_lock(&one_load);
     search found = {.library = library, .slot = NULL};
     dl_iterate_phdr(search_library, &found);

@@ -18,8 +18,8 @@ typedef struct {
 } intercepted_file;
 
 /* Replaces the import in the loaded library whose path ends in `library`. The calling thread must call
-   intercept_end. False, with nothing changed, where no such import can be found or changed. Serialised: a second
-   thread waits. */
+   intercept_end. False, with nothing changed, where no such import can be found or changed, or within another
+   intercept_begin of this thread. Serialised: a second thread waits. */
 bool intercept_begin(const char *library, intercepted_file *files, size_t num_files);
 void intercept_end(void);
 
