@@ -37,10 +37,12 @@ int source_open(source *file, const char *path, bool direct)
     file->path = strdup(path);
     if (file->path == NULL)
         return ENOMEM;
-    file->buffered_fd = open(path, O_RDONLY | O_CLOEXEC);
+    file->buffered_fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK); /* a named pipe must not wait for a writer */
     struct stat about;
-    if (file->buffered_fd < 0 || fstat(file->buffered_fd, &about) != 0) {
-        int error = errno;
+    int error = file->buffered_fd < 0 || fstat(file->buffered_fd, &about) != 0 ? errno : 0;
+    if (error == 0 && !S_ISREG(about.st_mode))
+        error = S_ISDIR(about.st_mode) ? EISDIR : EINVAL;
+    if (error != 0) {
         source_close(file);
         return error;
     }
