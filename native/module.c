@@ -297,13 +297,13 @@ static PyObject *pager_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     self->open = true;
     self->ring = ring;
     Py_INCREF(ring);
-    if (error == 0)
-        error = pager_start(&self->pager, (size_t)threads);
+    if (error != 0)
+        raise_errno(error, self->pager.error_text);
+    else if ((error = pager_start(&self->pager, (size_t)threads)) != 0)
+        raise_errno(error, "the reading threads could not be started");
     if (error != 0) {
         Py_DECREF(self);
-        return raise_errno(error, error == ENOSPC ? "a streamed block is larger than the ring"
-                           : error == EINVAL     ? "a block does not lie inside its file, or its home is misaligned"
-                                                 : "the pager could not start");
+        return NULL;
     }
     return (PyObject *)self;
 }
@@ -412,14 +412,17 @@ static PyObject *py_pager_open_rows(PyObject *object, PyObject *args)
     uint32_t number;
     Py_ssize_t row_bytes;
     Py_buffer rows;
-    int error = EINVAL;
+    int error = 0;
     if (!PyArg_ParseTuple(args, "O&ny*", to_uint32, &number, &row_bytes, &rows))
         return NULL;
     if (!pager_enter(self)) {
         PyBuffer_Release(&rows);
         return NULL;
     }
-    if (is_rows_block(self, number) && row_bytes > 0 && rows.len % (Py_ssize_t)sizeof(int32_t) == 0) {
+    if (!is_rows_block(self, number) || row_bytes <= 0 || rows.len % (Py_ssize_t)sizeof(int32_t) != 0) {
+        PyErr_Format(PyExc_ValueError, "expected a table of rows, bytes of a row and int32 rows, got block %u, %zd and "
+                     "%zd bytes", number, row_bytes, rows.len);
+    } else {
         Py_BEGIN_ALLOW_THREADS
         error = pager_open_rows(&self->pager, number, (size_t)row_bytes, rows.buf,
                                 (size_t)rows.len / sizeof(int32_t));
@@ -428,7 +431,9 @@ static PyObject *py_pager_open_rows(PyObject *object, PyObject *args)
     self->users--;
     PyBuffer_Release(&rows);
     if (error != 0)
-        return self->pager.error ? raise_pager_error(self) : raise_errno(error, "rows could not be read");
+        raise_pager_error(self);
+    if (PyErr_Occurred())
+        return NULL;
     Py_RETURN_NONE;
 }
 

@@ -400,20 +400,25 @@ static int compare_rows(const void *a, const void *b)
     return (x > y) - (x < y);
 }
 
-int pager_open_rows(pager *p, uint32_t number, size_t row_bytes, const int32_t *rows, size_t num_rows)
+int pager_open_rows(pager *p, uint32_t number, size_t row_bytes, const void *rows, size_t num_rows)
 {
     block *b = &p->blocks[number];
     source *file = &p->sources[b->source];
     int error = 0;
+    char text[PAGER_TEXT_BYTES] = "";
     int32_t *sorted = malloc((num_rows ? num_rows : 1) * sizeof *sorted);
-    if (sorted == NULL)
+    if (sorted == NULL) {
+        pager_fail(p, ENOMEM, "no memory to sort the rows of a table");
         return ENOMEM;
+    }
     memcpy(sorted, rows, num_rows * sizeof *sorted);
     qsort(sorted, num_rows, sizeof *sorted, compare_rows);
     uint64_t bytes = 0;
     for (size_t i = 0; i < num_rows && error == 0;) {
         if (sorted[i] < 0 || (uint64_t)sorted[i] >= b->bytes / row_bytes) {
             error = EINVAL;
+            snprintf(text, sizeof text, "expected rows below %llu, got row %d: %s",
+                     (unsigned long long)(b->bytes / row_bytes), sorted[i], file->path);
             break;
         }
         /* Neighbouring rows share pages: read each stretch of pages once, but nothing outside the table. */
@@ -438,7 +443,9 @@ int pager_open_rows(pager *p, uint32_t number, size_t row_bytes, const int32_t *
     }
     pthread_mutex_lock(&p->lock);
     p->statistics.row_bytes += bytes;
-    if (error != 0)
+    if (text[0] != 0)
+        fail_locked(p, error, text);
+    else if (error != 0)
         fail_read_locked(p, error, b);
     pthread_mutex_unlock(&p->lock);
     free(sorted);
@@ -457,32 +464,40 @@ void pager_close_rows(pager *p, uint32_t number)
 
 /* ---- life --------------------------------------------------------------------------------------------------- */
 
+static int refuse(pager *p, int error, const char *what, size_t number, const char *why)
+{
+    snprintf(p->error_text, sizeof p->error_text, "%s %zu %s", what, number, why);
+    return p->error = error;
+}
+
 static int check_layout(pager *p)
 {
     for (size_t i = 0; i < p->num_blocks; i++) {
         block *b = &p->blocks[i];
-        if (b->source >= p->num_sources || b->bytes == 0 || b->kind > BLOCK_ROWS)
-            return EINVAL;
+        if (b->source >= p->num_sources)
+            return refuse(p, EINVAL, "block", i, "is of a source that was not given");
+        if (b->kind > BLOCK_ROWS)
+            return refuse(p, EINVAL, "block", i, "is of an unknown kind");
         uint64_t size = (uint64_t)p->sources[b->source].size;
-        if (b->offset > size || b->bytes > size - b->offset)
-            return EINVAL;
+        if (b->bytes == 0 || b->offset > size || b->bytes > size - b->offset)
+            return refuse(p, EINVAL, "block", i, "is empty or does not lie inside its file");
         memset(&b->resident, 0, sizeof b->resident);
         if (b->kind == BLOCK_STREAMED) {
             b->start = round_down(b->offset, p->alignment);
             b->span = (size_t)(round_up(b->offset + b->bytes, p->alignment) - b->start);
             if (b->span > p->ring_bytes)
-                return ENOSPC;
+                return refuse(p, ENOSPC, "block", i, "does not fit into the ring");
             continue;
         }
         if (b->home == NULL || ((uintptr_t)b->home - b->offset) % p->alignment != 0)
-            return EINVAL;
+            return refuse(p, EINVAL, "block", i, "has a home that is not at its place in a page");
         b->start = b->offset;
         b->span = (size_t)b->bytes;
         b->resident.to = b->home;
     }
     for (size_t i = 0; i < p->num_uses; i++) {
         if (p->uses[i].block >= p->num_blocks || p->blocks[p->uses[i].block].kind == BLOCK_ROWS)
-            return EINVAL;
+            return refuse(p, EINVAL, "use", i, "of the order is of a block that was not given, or that is read by rows");
         memset(&p->uses[i].streamed, 0, sizeof p->uses[i].streamed);
         p->uses[i].ring_end = 0;
     }

@@ -89,7 +89,8 @@ typedef struct {
 } pager;
 
 /* Takes over `sources` (opened), `blocks` and `uses` (malloc'ed; of them only source, kind, offset, bytes and home,
-   and block, need to be set). The ring belongs to the caller and outlives the pager. 0 or an errno. */
+   and block, need to be set). The ring belongs to the caller and outlives the pager. 0 or an errno,
+   with p->error_text. */
 int pager_init(pager *p, source *sources, size_t num_sources, block *blocks, size_t num_blocks, use *uses,
                size_t num_uses, uint8_t *ring, size_t ring_bytes, size_t chunk_bytes);
 /* Starts the reading threads. 0 or an errno. */
@@ -110,8 +111,8 @@ bool pager_wait_next(pager *p);
 /* Gives back everything that was acquired. */
 void pager_release(pager *p);
 
-/* Brings rows of a ROWS block to their places. Returns 0 or an errno (which is sticky). */
-int pager_open_rows(pager *p, uint32_t block, size_t row_bytes, const int32_t *rows, size_t num_rows);
+/* Brings rows of a ROWS block to their places; `rows`: int32, aligned or not. Returns 0 or an errno (which is sticky). */
+int pager_open_rows(pager *p, uint32_t block, size_t row_bytes, const void *rows, size_t num_rows);
 void pager_close_rows(pager *p, uint32_t block);
 
 /* Makes waits end and passes fail until the next pager_begin_pass. */
