@@ -269,7 +269,7 @@ bool pager_end_pass(pager *p)
     pthread_mutex_lock(&p->lock);
     release_locked(p);
     bool good = p->error == 0 && sources_unchanged_locked(p);
-    p->statistics.passes += good;
+    p->statistics.passes += good && !p->aborted;
     pthread_mutex_unlock(&p->lock);
     return good;
 }

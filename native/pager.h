@@ -53,7 +53,7 @@ typedef struct {
     uint64_t wait_ns;        /* the acquiring thread stood still */
     uint64_t waits;
     uint64_t busy_ns;        /* at least one read was in flight */
-    uint64_t passes;
+    uint64_t passes;         /* that ended without being aborted */
     uint64_t ring_wraps;     /* the ring began again at its front */
     uint64_t reorders;       /* blocks asked for out of order */
     double pass_fraction;    /* uses acquired of the current pass */
