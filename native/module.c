@@ -376,7 +376,7 @@ static PyObject *py_pager_acquire(PyObject *object, PyObject *argument)
         return NULL;
     uint8_t *address = NULL;
     bool good, next_ready;
-    PAGER_CALL(self, good = number < self->pager.num_blocks && self->pager.num_uses > 0 &&
+    PAGER_CALL(self, good = number < self->pager.num_blocks &&
                             pager_acquire(&self->pager, number, &address, &next_ready));
     if (number >= self->pager.num_blocks)
         return PyErr_Format(PyExc_IndexError, "expected a block below %zu, got %u", self->pager.num_blocks, number);
@@ -665,7 +665,7 @@ static PyObject *py_hook_bind(PyObject *object, PyObject *args)
     if (weights == NULL)
         return PyErr_NoMemory();
     int error = 0;
-    for (Py_ssize_t i = 0; i < num && !PyErr_Occurred(); i++) {
+    for (Py_ssize_t i = 0; i < num && bound->open && !PyErr_Occurred(); i++) {
         uint64_t tensor, home;
         long number;
         int streamed, rows;
