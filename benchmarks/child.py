@@ -42,7 +42,7 @@ def prefill_tokens(count: int) -> list[int]:
 def edgeinfer_result(args: argparse.Namespace) -> dict:
     started = time.perf_counter()
     import edgeinfer
-    import edgeinfer.engines.gguf  # load() would import it; libraries are not the model's load time
+    import edgeinfer.engines.opening  # load() would import it; libraries are not the model's load time
 
     import_seconds, started = time.perf_counter() - started, time.perf_counter()
     with edgeinfer.load(args.model, memory=args.memory, ctx=args.ctx, threads=args.threads) as model:

@@ -45,7 +45,7 @@ def load(
     lets edgeinfer choose. `progress` is called with the loaded fraction. Raises ModelFileError, BudgetError
     and EngineError.
     """
-    from edgeinfer.engines.gguf import open_engine
+    from edgeinfer.engines.opening import open_engine
     from edgeinfer.models import default_model_path
 
     path = default_model_path() if path is None else path

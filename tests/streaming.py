@@ -13,8 +13,9 @@ from pathlib import Path
 import llama_cpp
 import numpy as np
 
-from edgeinfer.engines.gguf import GGUFEngine, Prepared
+from edgeinfer.engines.gguf import GGUFEngine
 from edgeinfer.engines.llama import LlamaContext, LlamaModel
+from edgeinfer.engines.opening import Prepared
 from edgeinfer.modelfile import read_model_file
 from edgeinfer.plan import Plan, WeightUse, smallest_ring
 

@@ -19,7 +19,7 @@ from streaming import (
 )
 from tiny import tiny_model
 
-from edgeinfer.engines.gguf import Prepared, open_engine
+from edgeinfer.engines.opening import Prepared, open_engine
 from edgeinfer.errors import ReadError
 from edgeinfer.modelfile import read_model_file
 

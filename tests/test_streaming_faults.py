@@ -27,7 +27,7 @@ from tiny import tiny_model
 from benchmarks.maker import make_model
 
 import edgeinfer.engines.gguf
-from edgeinfer.engines.gguf import Prepared
+from edgeinfer.engines.opening import Prepared
 from edgeinfer.errors import EdgeInferError, ReadError
 from edgeinfer.modelfile import read_model_file
 

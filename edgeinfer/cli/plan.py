@@ -34,7 +34,7 @@ def plan(
     model: str, memory: str | None, ctx: int | None, threads: int | None, measure: bool, as_json: bool
 ) -> None:
     """Show where each part of MODEL goes under a memory budget, the predicted speed, and what 1 GiB more would buy."""
-    from edgeinfer.engines.gguf import plan_model
+    from edgeinfer.engines.opening import plan_model
 
     try:
         found = plan_model(model, memory=memory, context_length=ctx, threads=threads, again=measure)

@@ -1,36 +1,22 @@
-"""The GGUF engine: llama.cpp under a byte budget.
-
-`open_engine` loads a model without reading its weights, learns the order in which they are used, measures what the
-process holds besides them, plans, and starts the pager. Where everything fits, stock llama.cpp takes over.
-"""
+"""The GGUF engine: a model under llama.cpp, its one sequence of tokens, and the passes that compute it."""
 
 from __future__ import annotations
 
 import concurrent.futures
 import errno
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from edgeinfer.budget import default_budget, parse_size, process_memory
-from edgeinfer.engines import inmemory
-from edgeinfer.engines.kernels import compute_bytes_per_second
+from edgeinfer.budget import process_memory
 from edgeinfer.engines.llama import DecodeAborted, LlamaContext, LlamaModel, Sampler
-from edgeinfer.engines.overhead import Overhead, check_kv_cache_fits
-from edgeinfer.errors import BudgetError, EngineError
-from edgeinfer.modelfile import ModelFile, read_model_file
-from edgeinfer.plan import SMALL_BYTES, Device, Plan, make_plan
-from edgeinfer.storage import disk_bytes_per_second
-from edgeinfer.system import default_threads, streaming_support
+from edgeinfer.errors import EngineError
+from edgeinfer.plan import Plan
 
-try:
-    from edgeinfer.engines.paging import TOKEN_TABLES, PagedModel, make_hook
-except ImportError:  # no C extension on this system: streaming_support() says so
-    PagedModel = None
+if TYPE_CHECKING:
+    from edgeinfer.engines.paging import PagedModel
 
-DEFAULT_CONTEXT = 4096
-UBATCH = 512
 POLL_SECONDS = 0.2
 
 PassProgress = Callable[[int, int, float], None]
@@ -193,182 +179,3 @@ class GGUFEngine:
             self._paged.close()
         else:
             self.model.close()
-
-
-def open_engine(
-    path: str | os.PathLike,
-    *,
-    memory: int | str | None = None,
-    context_length: int | None = None,
-    threads: int | None = None,
-    progress: Callable[[float], None] | None = None,
-) -> GGUFEngine:
-    """Load the model at `path` so that the process stays within `memory` (bytes or "2GiB"; None: see default_budget).
-
-    `context_length` in tokens (None: 4096, or what the model was trained with if that is less). Raises
-    ModelFileError, BudgetError, EngineError.
-    """
-    started = time.perf_counter()
-    threads = threads or default_threads()
-    file, budget, length = check_request(path, memory, context_length, threads)
-    if not streaming_support():
-        return _in_memory(file, inmemory.plan_without_streaming(file, budget), length, threads, started, progress)
-    device = measure_device(file, threads, budget)
-    prepared = Prepared(file, context_length=length, threads=threads)
-    try:
-        plan = prepared.plan(budget, device)
-        if plan.mode == "streaming":
-            return prepared.start(plan, started)
-    except BaseException:
-        prepared.close()
-        raise
-    prepared.close()
-    return _in_memory(file, plan, length, threads, started, progress)
-
-
-def check_request(
-    path: str | os.PathLike, memory: int | str | None, context_length: int | None, threads: int
-) -> tuple[ModelFile, int, int]:
-    """(model file, budget in bytes, context in tokens) of what was asked for, checked before anything is loaded."""
-    file = read_model_file(path)
-    file.check_can_generate()
-    budget = memory if isinstance(memory, int) else parse_size(memory) if memory else default_budget()
-    length = context_length or min(file.context_length or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
-    if streaming_support():
-        check_kv_cache_fits(file, length, budget, lambda context: _smallest_budget(file, context, threads))
-    return file, budget, length
-
-
-class Prepared:
-    """A model that is loaded without its weights, with its order of use and what else the process will hold."""
-
-    def __init__(
-        self,
-        file: ModelFile,
-        *,
-        context_length: int,
-        threads: int,
-        ubatch: int = UBATCH,
-        outputs_max: int = 1,
-        flash_attention: bool | None = None,
-    ):
-        overhead = Overhead(file, ubatch)
-        self.file = file
-        self.paged = PagedModel(file)
-        self.context = None
-        try:
-            overhead.model_loaded()
-            self.context = LlamaContext(
-                self.paged.model,
-                context_length=context_length,
-                ubatch=min(ubatch, context_length),
-                threads=threads,
-                outputs_max=outputs_max,
-                flash_attention=flash_attention,
-                **self.paged.context_callbacks,
-            )
-            overhead.context_made(self.context, outputs_max)
-            self.uses = self.paged.record(self.context)
-            self.overhead = overhead.entries(self.uses)
-        except BaseException:
-            self.close()
-            raise
-
-    def plan(self, budget_bytes: int, device: Device) -> Plan:
-        """The best plan under the budget: stock llama.cpp where it fits, else streaming. Raises BudgetError."""
-        types = {tensor.name: tensor.type for tensor in self.file.tensors}
-        plan = make_plan(self.uses, budget_bytes, self.overhead, device, types, TOKEN_TABLES)
-        return inmemory.plan_if_it_fits(self.file, plan) or plan
-
-    def start(self, plan: Plan, started: float | None = None) -> GGUFEngine:
-        """Begin reading as `plan` says."""
-        self.paged.arm(plan, self.uses)
-        return GGUFEngine(
-            plan, self.paged.model, self.context, self.paged, self.paged.hook, started or time.perf_counter()
-        )
-
-    def close(self) -> None:
-        if self.context is not None:
-            self.context.close()
-        self.paged.close()
-
-
-def _smallest_budget(file: ModelFile, context_length: int, threads: int) -> int:
-    """Bytes of the smallest budget that this model works in, as the planner says it."""
-    prepared = Prepared(file, context_length=context_length, threads=threads)
-    try:
-        make_plan(prepared.uses, 0, prepared.overhead, Device(disk_bytes_per_second=1), {}, TOKEN_TABLES)
-    except BudgetError as error:
-        return error.smallest_bytes
-    finally:
-        prepared.close()
-    raise EngineError("A model that needs no memory cannot be planned.")
-
-
-def _in_memory(
-    file: ModelFile,
-    plan: Plan,
-    context_length: int,
-    threads: int,
-    started: float,
-    progress: Callable[[float], None] | None,
-) -> GGUFEngine:
-    hook = make_hook() if PagedModel is not None else None
-    model = inmemory.load(file, progress)
-    try:
-        context = LlamaContext(
-            model,
-            context_length=context_length,
-            ubatch=min(UBATCH, context_length),
-            threads=threads,
-            flash_attention=None,
-            abort=hook.abort_address if hook else None,
-            abort_data=hook.data_address if hook else None,
-        )
-    except BaseException:
-        model.close()
-        raise
-    return GGUFEngine(plan, model, context, None, hook, started)
-
-
-def measure_device(file: ModelFile, threads: int, budget_bytes: int, again: bool = False) -> Device:
-    """How fast this machine reads this model's disk and multiplies by its types of weights; remembered."""
-    used = {tensor.type for tensor in file.tensors if tensor.nbytes > SMALL_BYTES}
-    room = budget_bytes // 4
-    return Device(
-        disk_bytes_per_second=disk_bytes_per_second(file.paths[0], again),
-        compute_bytes_per_second={kind: compute_bytes_per_second(kind, threads, room, again) for kind in sorted(used)},
-    )
-
-
-@dataclass(frozen=True)
-class PlannedModel:
-    """A plan for a model that was looked at and not run."""
-
-    file: ModelFile
-    plan: Plan
-    device: Device
-    with_more: Callable[[int], Plan]  # the plan if the budget had so many bytes more
-
-
-def plan_model(
-    path: str | os.PathLike,
-    *,
-    memory: int | str | None = None,
-    context_length: int | None = None,
-    threads: int | None = None,
-    again: bool = False,
-) -> PlannedModel:
-    """What `open_engine` would do with the same arguments. `again`: measure the machine anew."""
-    threads = threads or default_threads()
-    file, budget, length = check_request(path, memory, context_length, threads)
-    if not streaming_support():
-        plan = inmemory.plan_without_streaming(file, budget)
-        return PlannedModel(file, plan, Device(disk_bytes_per_second=0.0), lambda _more: plan)
-    device = measure_device(file, threads, budget, again)
-    prepared = Prepared(file, context_length=length, threads=threads)
-    try:
-        plan = prepared.plan(budget, device)
-    finally:
-        prepared.close()
-    return PlannedModel(file, plan, device, lambda more: prepared.plan(budget + more, device))
