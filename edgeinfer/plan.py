@@ -7,8 +7,9 @@ is read ahead. Time per token is bounded below by max(compute, streamed bytes / 
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from edgeinfer.budget import Ledger, format_size
 from edgeinfer.errors import BudgetError
@@ -68,8 +69,8 @@ class Plan:
 
 
 def _span(nbytes: int) -> int:
-    """Bytes that a streamed block takes in the ring: whole blocks of the disk around it, at worst."""
-    return nbytes + 2 * 4096
+    """Bytes that a streamed block takes in the ring: whole pages around it, at worst."""
+    return nbytes + 2 * mmap.PAGESIZE
 
 
 def smallest_ring(sizes: Sequence[int]) -> int:
@@ -207,6 +208,4 @@ def _with_prediction(plan: Plan, uses: Sequence[WeightUse], device: Device, type
     compute = sum(device.compute_seconds(types.get(use.name, ""), use.nbytes) for use in uses)
     streamed = sum(use.nbytes for use in uses if use.name in plan.streamed)
     seconds = max(compute, streamed / device.disk_bytes_per_second)
-    from dataclasses import replace
-
     return replace(plan, predicted_tokens_per_second=1 / seconds if seconds > 0 else None)

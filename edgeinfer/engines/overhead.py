@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import re
 from collections.abc import Callable, Sequence
 
@@ -12,7 +13,7 @@ from edgeinfer.modelfile import GGUFArray, ModelFile
 from edgeinfer.plan import WeightUse
 
 _MIB = 1 << 20
-_PAGE = 4096
+_PAGE = mmap.PAGESIZE
 #: Allocator fragments, thread stacks and Python objects that come and go while running.
 _SLACK = 6 * _MIB
 _FLOATS = ("F16", "BF16", "F32")
