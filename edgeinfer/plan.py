@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from edgeinfer.budget import Ledger, format_size
 from edgeinfer.errors import BudgetError
@@ -59,7 +59,6 @@ class Plan:
     chunk_bytes: int = MIB
     reading_threads: int = 8  # measured: 8 reads of 1 MiB in flight keep their rate while every processor computes
     direct: bool = True
-    predicted_tokens_per_second: float | None = None
 
     @property
     def overhead_bytes(self) -> int:
@@ -120,8 +119,6 @@ def make_plan(
     uses: Sequence[WeightUse],
     budget_bytes: int,
     overhead: Mapping[str, int],
-    device: Device,
-    types: Mapping[str, str],
     can_be_rows: frozenset[str] = frozenset(),
 ) -> Plan:
     """The plan that streams least under `budget_bytes`; `overhead`: ledger entries of all that is not weights.
@@ -152,7 +149,7 @@ def make_plan(
         )
     resident, streamed, ring = best
     entries = dict(overhead, resident_weights=sum(sizes[name] for name in resident), ring=ring)
-    plan = Plan(
+    return Plan(
         mode="streaming",
         resident=frozenset(resident),
         streamed=frozenset(streamed),
@@ -161,7 +158,6 @@ def make_plan(
         budget_bytes=budget_bytes,
         ledger=Ledger(entries),
     )
-    return _with_prediction(plan, products, device, types)
 
 
 def _choose_streamed(
@@ -204,8 +200,9 @@ def _smallest_weights(names: set[str], pinned: set[str], sizes: Mapping[str, int
     return best
 
 
-def _with_prediction(plan: Plan, uses: Sequence[WeightUse], device: Device, types: Mapping[str, str]) -> Plan:
-    compute = sum(device.compute_seconds(types.get(use.name, ""), use.nbytes) for use in uses)
-    streamed = sum(use.nbytes for use in uses if use.name in plan.streamed)
-    seconds = max(compute, streamed / device.disk_bytes_per_second)
-    return replace(plan, predicted_tokens_per_second=1 / seconds if seconds > 0 else None)
+def predict(plan: Plan, uses: Sequence[WeightUse], device: Device, types: Mapping[str, str]) -> float:
+    """Tokens per second of decoding under `plan`: 1 / max(computing, reading), as the device does them alone."""
+    products = [use for use in uses if not (use.rows and use.name not in plan.resident)]
+    compute = sum(device.compute_seconds(types.get(use.name, ""), use.nbytes) for use in products)
+    streamed = sum(use.nbytes for use in products if use.name in plan.streamed)
+    return 1 / max(compute, streamed / device.disk_bytes_per_second)

@@ -40,12 +40,15 @@ def plan(
         found = plan_model(model, memory=memory, context_length=ctx, threads=threads, again=measure)
     except EdgeInferError as error:
         raise click.ClickException(str(error)) from error
-    facts = describe(found.file, found.plan, found.device.disk_bytes_per_second, found.with_more(GIB))
+    facts = describe(found.file, found.plan)
+    facts["disk_bytes_per_second"] = found.device.disk_bytes_per_second if found.device else None
+    facts["predicted_tokens_per_second"] = found.predict()
+    facts["predicted_tokens_per_second_with_1_gib_more"] = found.predict(GIB)
     click.echo(json.dumps(facts) if as_json else table(facts))
 
 
-def describe(file: ModelFile, plan: Plan, disk_bytes_per_second: float, more: Plan) -> dict:
-    """The facts that `--json` prints. Bytes, tokens per second."""
+def describe(file: ModelFile, plan: Plan) -> dict:
+    """Where everything goes, in bytes."""
     places = {tensor.name: _places(plan, tensor.name) for tensor in file.tensors}
     parts: dict[str, Counter] = {}
     for tensor in file.tensors:
@@ -63,9 +66,6 @@ def describe(file: ModelFile, plan: Plan, disk_bytes_per_second: float, more: Pl
         "ring_bytes": plan.ring_bytes,
         "overhead_bytes": plan.overhead_bytes,
         "ledger": dict(plan.ledger.entries),
-        "disk_bytes_per_second": disk_bytes_per_second,
-        "predicted_tokens_per_second": plan.predicted_tokens_per_second,
-        "one_more_gib": {"mode": more.mode, "predicted_tokens_per_second": more.predicted_tokens_per_second},
         "parts": {group: dict(counts) for group, counts in parts.items()},
         "tensors": {name: list(found) for name, found in places.items()},
     }
@@ -88,7 +88,7 @@ def table(facts: dict) -> str:
         cells = [format_size(sizes[place]) if sizes.get(place) else "-" for place in PLACES]
         lines.append(f"{group:<24}" + "".join(f"{cell:>12}" for cell in cells))
     lines += ["", "The process holds", _ledger(facts), ""]
-    speed, more = facts["predicted_tokens_per_second"], facts["one_more_gib"]["predicted_tokens_per_second"]
+    speed, more = facts["predicted_tokens_per_second"], facts["predicted_tokens_per_second_with_1_gib_more"]
     if facts["mode"] == "streaming":
         per_token = format_size(facts["streamed_bytes_per_token"])
         lines.append(f"Reads {per_token} a token; the disk gives {facts['disk_bytes_per_second'] / 1e9:.2f} GB/s.")

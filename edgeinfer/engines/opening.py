@@ -20,7 +20,7 @@ from edgeinfer.engines.llama import LlamaContext
 from edgeinfer.engines.overhead import Overhead, check_kv_cache_fits
 from edgeinfer.errors import BudgetError, EngineError
 from edgeinfer.modelfile import ModelFile, read_model_file
-from edgeinfer.plan import SMALL_BYTES, Device, Plan, make_plan
+from edgeinfer.plan import SMALL_BYTES, Device, Plan, make_plan, predict
 from edgeinfer.storage import disk_bytes_per_second
 from edgeinfer.system import default_threads, streaming_support
 
@@ -49,10 +49,9 @@ def open_engine(
     file, budget, length = check_request(path, memory, context_length, threads)
     if not streaming_support():
         return _in_memory(file, inmemory.plan_without_streaming(file, budget), length, threads, started, progress)
-    device = measure_device(file, threads, budget)
     prepared = Prepared(file, context_length=length, threads=threads)
     try:
-        plan = prepared.plan(budget, device)
+        plan = prepared.plan(budget)
         if plan.mode == "streaming":
             return prepared.start(plan, started)
     except BaseException:
@@ -110,10 +109,9 @@ class Prepared:
             self.close()
             raise
 
-    def plan(self, budget_bytes: int, device: Device) -> Plan:
+    def plan(self, budget_bytes: int) -> Plan:
         """The best plan under the budget: stock llama.cpp where it fits, else streaming. Raises BudgetError."""
-        types = {tensor.name: tensor.type for tensor in self.file.tensors}
-        plan = make_plan(self.uses, budget_bytes, self.overhead, device, types, TOKEN_TABLES)
+        plan = make_plan(self.uses, budget_bytes, self.overhead, TOKEN_TABLES)
         return inmemory.plan_if_it_fits(self.file, plan) or plan
 
     def start(self, plan: Plan, started: float | None = None) -> GGUFEngine:
@@ -133,7 +131,7 @@ def _smallest_budget(file: ModelFile, context_length: int, threads: int) -> int:
     """Bytes of the smallest budget that this model works in, as the planner says it."""
     prepared = Prepared(file, context_length=context_length, threads=threads)
     try:
-        make_plan(prepared.uses, 0, prepared.overhead, Device(disk_bytes_per_second=1), {}, TOKEN_TABLES)
+        make_plan(prepared.uses, 0, prepared.overhead, TOKEN_TABLES)
     except BudgetError as error:
         return error.smallest_bytes
     finally:
@@ -179,12 +177,20 @@ def measure_device(file: ModelFile, threads: int, budget_bytes: int, again: bool
 
 @dataclass(frozen=True)
 class PlannedModel:
-    """A plan for a model that was looked at and not run."""
+    """A plan for a model that was looked at and not run. `device` is None where weights cannot be streamed."""
 
     file: ModelFile
     plan: Plan
-    device: Device
-    with_more: Callable[[int], Plan]  # the plan if the budget had so many bytes more
+    device: Device | None
+    prepared: Prepared | None
+
+    def predict(self, more_bytes: int = 0) -> float | None:
+        """Tokens per second, if the budget had so many bytes more."""
+        if self.device is None or self.prepared is None:
+            return None
+        types = {tensor.name: tensor.type for tensor in self.file.tensors}
+        plan = self.prepared.plan(self.plan.budget_bytes + more_bytes)
+        return predict(plan, self.prepared.uses, self.device, types)
 
 
 def plan_model(
@@ -199,12 +205,11 @@ def plan_model(
     threads = threads or default_threads()
     file, budget, length = check_request(path, memory, context_length, threads)
     if not streaming_support():
-        plan = inmemory.plan_without_streaming(file, budget)
-        return PlannedModel(file, plan, Device(disk_bytes_per_second=0.0), lambda _more: plan)
+        return PlannedModel(file, inmemory.plan_without_streaming(file, budget), None, None)
     device = measure_device(file, threads, budget, again)
     prepared = Prepared(file, context_length=length, threads=threads)
     try:
-        plan = prepared.plan(budget, device)
+        plan = prepared.plan(budget)
     finally:
         prepared.close()
-    return PlannedModel(file, plan, device, lambda more: prepared.plan(budget + more, device))
+    return PlannedModel(file, plan, device, prepared)
