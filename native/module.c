@@ -210,11 +210,14 @@ static int module_exec(PyObject *module)
     state->arena_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &arena_spec, NULL);
     state->pager_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &pager_spec, NULL);
     PyObject *hook_type = PyType_FromModuleAndSpec(module, &hook_spec, NULL);
-    int failed = state->arena_type == NULL || state->pager_type == NULL || hook_type == NULL ||
+    PyObject *policy_type = PyType_FromModuleAndSpec(module, &policy_spec, NULL);
+    int failed = state->arena_type == NULL || state->pager_type == NULL || hook_type == NULL || policy_type == NULL ||
                  PyModule_AddType(module, state->arena_type) < 0 || PyModule_AddType(module, state->pager_type) < 0 ||
                  PyModule_AddType(module, (PyTypeObject *)hook_type) < 0 ||
+                 PyModule_AddType(module, (PyTypeObject *)policy_type) < 0 ||
                  PyModule_AddIntConstant(module, "PAGE_BYTES", (long)memory_page_bytes()) < 0;
     Py_XDECREF(hook_type);
+    Py_XDECREF(policy_type);
     return failed ? -1 : 0;
 }
 

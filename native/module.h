@@ -27,7 +27,7 @@ typedef struct {
     int users; /* calls under way without the GIL, and hooks that are bound */
 } pager_object;
 
-extern PyType_Spec pager_spec, hook_spec;
+extern PyType_Spec pager_spec, hook_spec, policy_spec;
 
 /* Raises OSError(error, text); gives NULL. */
 PyObject *raise_errno(int error, const char *text);
