@@ -15,8 +15,12 @@ from edgeinfer.budget import Ledger, format_size
 from edgeinfer.errors import BudgetError
 
 MIB = 1 << 20
+DEFAULT_POLICY = "lru"
 SMALL_BYTES = 256 << 10  # norms, biases, gates: streaming them would cost more waits than it saves bytes
 READ_AHEAD_BYTES = 28 * MIB  # measured: less lets the disk stand still when it is about as fast as the computing
+
+
+READ_BUFFERS_BYTES = 9 * MIB  # one piece for each reading thread, where experts lie across blocks of the disk
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,35 @@ class WeightUse:
     nbytes: int
     rows: bool = False  # only some rows are looked up, by token id
     through_view: bool = False
+    experts: int = 0  # multiplied by those of so many experts that a router chose; 0: as a whole
+    layer: int | None = None
+    router: bool = False  # chooses the experts of its layer
+
+
+@dataclass(frozen=True)
+class ExpertPools:
+    """Where experts live: layers whose experts are alike share the slots of a pool.
+
+    `layers`: the names of a layer's expert weights, in order of use; `kinds`: the pool of each layer; `slots`: how many
+    experts each pool holds; `slot_bytes`: bytes of a slot of each pool. `num_used`: experts that a token uses.
+    """
+
+    num_experts: int
+    num_used: int
+    layers: tuple[tuple[str, ...], ...]
+    kinds: tuple[int, ...]
+    slots: tuple[int, ...]
+    slot_bytes: tuple[int, ...]
+    policy: str = DEFAULT_POLICY
+    predict: bool = True
+
+    @property
+    def nbytes(self) -> int:
+        return sum(slots * size for slots, size in zip(self.slots, self.slot_bytes))
+
+    @property
+    def names(self) -> frozenset[str]:
+        return frozenset(name for layer in self.layers for name in layer)
 
 
 @dataclass(frozen=True)
@@ -46,7 +79,7 @@ class Plan:
     """Where each weight lives. Names in none of the three sets are streamed.
 
     `resident`: read once, kept. `rows`: tables of which the rows of each pass are read. `streamed`: read for every
-    use, through a ring of `ring_bytes`. `ledger`: what everything holds, in bytes that are touched.
+    use, through a ring of `ring_bytes`; `pools`: the cache of experts, None without one. `ledger`: what everything holds, in bytes that are touched.
     """
 
     mode: str  # "streaming" or "in-memory"
@@ -54,6 +87,7 @@ class Plan:
     streamed: frozenset[str]
     rows: frozenset[str]
     ring_bytes: int
+    pools: ExpertPools | None = None
     budget_bytes: int = 0
     ledger: Ledger = field(default_factory=Ledger)
     chunk_bytes: int = MIB
@@ -64,7 +98,7 @@ class Plan:
     def overhead_bytes(self) -> int:
         """What the budget pays for that is not weights nor room to stream them: the fixed overhead."""
         entries = self.ledger.entries
-        return self.ledger.total - sum(entries.get(name, 0) for name in ("resident_weights", "ring"))
+        return self.ledger.total - sum(entries.get(name, 0) for name in ("resident_weights", "ring", "expert_cache"))
 
 
 def _span(nbytes: int) -> int:
@@ -120,6 +154,8 @@ def make_plan(
     budget_bytes: int,
     overhead: Mapping[str, int],
     can_be_rows: frozenset[str] = frozenset(),
+    experts_used: int = 0,
+    ubatch: int = 512,
 ) -> Plan:
     """The plan that streams least under `budget_bytes`; `overhead`: ledger entries of all that is not weights.
 
@@ -130,10 +166,16 @@ def make_plan(
         use.name for use in uses if use.rows and use.name in can_be_rows and use.nbytes > SMALL_BYTES
     )
     products = [use for use in uses if not use.rows or use.name not in rows]
-    pinned = {use.name for use in uses if use.through_view or use.nbytes <= SMALL_BYTES or use.rows} - rows
+    capacity = budget_bytes - sum(overhead.values())
+    pools = None
+    if sum(sizes[name] for name in {use.name for use in products}) > capacity:
+        pools = plan_pools(products, capacity, experts_used, ubatch)
+    if pools is not None:
+        products = [use for use in products if use.name not in pools.names]
+        capacity -= pools.nbytes + _pool_overhead(pools, ubatch)
+    pinned = {use.name for use in products if _stays(use)} - rows
     names = {use.name for use in products}
     total = sum(sizes[name] for name in names)
-    capacity = budget_bytes - sum(overhead.values())
 
     if total <= capacity:
         best = (names, set(), 0)
@@ -141,6 +183,8 @@ def make_plan(
         best = _choose_streamed(products, names - pinned, sizes, total, capacity)
     if best is None:
         smallest = sum(overhead.values()) + _smallest_weights(names, pinned, sizes)
+        if pools is not None:
+            smallest += pools.nbytes + _pool_overhead(pools, ubatch)
         raise BudgetError(
             f"The budget of {format_size(budget_bytes)} is too small for this model: the smallest that works is "
             f"{format_size(smallest + MIB)} ({smallest + MIB} bytes). Raise --memory, or shorten --ctx to make the KV "
@@ -149,15 +193,68 @@ def make_plan(
         )
     resident, streamed, ring = best
     entries = dict(overhead, resident_weights=sum(sizes[name] for name in resident), ring=ring)
+    if pools is not None:
+        entries["expert_cache"] = pools.nbytes
+        entries["compute_buffers"] = entries.get("compute_buffers", 0) + _pool_overhead(pools, ubatch)
     return Plan(
         mode="streaming",
         resident=frozenset(resident),
         streamed=frozenset(streamed),
         rows=rows,
         ring_bytes=ring,
+        pools=pools,
         budget_bytes=budget_bytes,
         ledger=Ledger(entries),
     )
+
+
+def _stays(use: WeightUse) -> bool:
+    return use.through_view or use.nbytes <= SMALL_BYTES or use.rows or use.router
+
+
+def plan_pools(
+    products: Sequence[WeightUse], capacity: int, experts_used: int, ubatch: int
+) -> ExpertPools | None:
+    """A cache of experts out of what is left beside the other weights; None for a model without experts.
+
+    Even where nothing is left it holds the experts that one token uses in a layer: other weights are streamed then.
+    """
+    layers: dict[int, list[WeightUse]] = {}
+    for use in products:
+        if use.experts and use.layer is not None and use not in layers.setdefault(use.layer, []):
+            layers[use.layer].append(use)
+    if not layers:
+        return None
+    num_experts = max(use.experts for uses in layers.values() for use in uses)
+    shapes = [tuple(use.nbytes // use.experts for use in uses) for uses in layers.values()]
+    kinds = list(dict.fromkeys(shapes))
+    slot_bytes = [sum(expert_stride(size) for size in kind) for kind in kinds]
+    others = sum({use.name: use.nbytes for use in products if not use.experts}.values())
+    per_slot = 8 * max(1, experts_used) * ubatch  # ggml's work buffer for one more expert
+    room = capacity - others - READ_BUFFERS_BYTES
+    weights = [shapes.count(kind) * size for kind, size in zip(kinds, slot_bytes)]
+    slots = []
+    for kind, size, weight in zip(kinds, slot_bytes, weights):
+        share = room * weight // sum(weights)
+        slots.append(max(min(share // (size + per_slot), shapes.count(kind) * num_experts), experts_used, 1))
+    return ExpertPools(
+        num_experts=num_experts,
+        num_used=experts_used,
+        layers=tuple(tuple(use.name for use in uses) for uses in layers.values()),
+        kinds=tuple(kinds.index(shape) for shape in shapes),
+        slots=tuple(slots),
+        slot_bytes=tuple(slot_bytes),
+    )
+
+
+def expert_stride(nbytes: int) -> int:
+    """Bytes from slot to slot for an expert's matrix of `nbytes`: whole pages, so that aligned files are read in place."""
+    return -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+
+
+def _pool_overhead(pools: ExpertPools, ubatch: int) -> int:
+    """What a cache of experts takes besides its slots: ggml's work buffer grows with them, and reads need a buffer."""
+    return 8 * max(1, pools.num_used) * ubatch * max(pools.slots) + READ_BUFFERS_BYTES
 
 
 def _choose_streamed(

@@ -4,7 +4,7 @@
 
 #include "memory.h"
 
-enum { TYPE_F32 = 0, TYPE_I32 = 26, FLAG_INPUT = 1, OBJECT_BYTES = 32 };
+enum { TYPE_F32 = 0, TYPE_I32 = GGML_VIEW_I32, FLAG_INPUT = 1, OBJECT_BYTES = 32 };
 
 static bool is_op(const ggml_functions *ggml, const ggml_view *node, const char *name)
 {

@@ -27,6 +27,7 @@ typedef struct ggml_view {
 } ggml_view;
 
 #define GGML_VIEW_SOURCES 10
+#define GGML_VIEW_I32 26 /* enum ggml_type */
 
 /* struct ggml_init_params */
 typedef struct {

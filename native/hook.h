@@ -10,8 +10,10 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "experts.h"
 #include "ggml_view.h"
 #include "pager.h"
+#include "predict_gate.h"
 
 /* A weight tensor of the model and its block. */
 typedef struct {
@@ -21,6 +23,8 @@ typedef struct {
     bool has_block;
     bool streamed;
     bool rows;           /* GET_ROWS on it finds its rows at home */
+    bool experts;        /* its experts are in a pool: these two say which */
+    uint32_t layer, matrix;
 } hook_weight;
 
 /* One use of a weight, as the recording pass saw it. */
@@ -31,6 +35,7 @@ typedef struct {
     uint32_t node;   /* ordinal of the node in its pass */
     uint32_t recording;
     bool through_view;
+    bool experts; /* multiplied expert by expert */
     char name[64];
 } hook_record;
 
@@ -61,6 +66,22 @@ typedef struct {
     bool pass_starts;
     hook_weight *held[GGML_VIEW_SOURCES * 2];
     size_t num_held;
+    /* The experts that the router of the current layer chose, as numbers of slots, in place of the tensor `ids`. */
+    const ggml_view *ids;
+    uint32_t selected_layer;
+    ggml_view shadow;
+    int32_t *chosen, *slots; /* num_chosen: expert numbers, and their slots */
+    size_t chosen_capacity;
+    struct {
+        ggml_view *node, *ids;
+    } patched[EXPERT_MATRICES];
+    size_t num_patched;
+    bool too_many_experts;   /* the last pass wanted more experts of one layer than there are slots */
+    expert_gate *gates;      /* of each layer of experts, or NULL: no prediction; weights NULL: not of this layer */
+    uint32_t num_gates, num_guesses;
+    float *gate_values;
+    uint32_t *guesses;
+
     /* A node that must not be computed: its operation is taken away until the next pass. */
     ggml_view *silenced;
     int silenced_op;
@@ -72,8 +93,13 @@ bool hook_should_abort(void *user_data);
 
 /* Takes over nothing; copies the weights. 0 or an errno. */
 int hook_bind(hook *h, pager *p, const hook_weight *weights, size_t num_weights);
+/* Weights that hold experts become their pools: data, number of experts and strides. Once, behind hook_bind. */
+void hook_point_to_pools(hook *h);
 int hook_set_ranges(hook *h, const hook_range *ranges, size_t num_ranges);
 void hook_clear(hook *h);
+
+/* Predictions: the gates of the layers of experts in order, and how many experts to predict. Copies. 0 or an errno. */
+int hook_set_gates(hook *h, const expert_gate *gates, uint32_t num_gates, uint32_t num_guesses);
 
 /* Around each llama_decode. */
 void hook_begin_pass(hook *h);

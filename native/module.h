@@ -22,7 +22,7 @@ typedef struct {
 typedef struct {
     PyObject_HEAD
     pager pager;
-    PyObject *ring;
+    PyObject *ring, *experts; /* kept alive: their memory is used */
     bool open;
     int users; /* calls under way without the GIL, and hooks that are bound */
 } pager_object;
@@ -38,6 +38,11 @@ int to_uint32(PyObject *value, void *to);
 
 /* Reads element `index` of a sequence, a tuple that `names` describes. */
 bool parse_tuple_at(PyObject *list, Py_ssize_t index, const char *names, const char *format, ...);
+
+/* Makes the cache of experts that a tuple (experts, policy, kinds, layers) describes: kinds are (slots, [(bytes, stride,
+   arena)]), layers (kind, [(source, offset)]), matrices in their order of use. false with an exception. */
+bool give_experts(pager *p, PyObject *description);
+PyObject *describe_expert_statistics(pager *p);
 
 /* The end of every tp_dealloc of a heap type. */
 void free_heap_object(PyObject *self);

@@ -153,10 +153,10 @@ static PyObject *py_hook_records(PyObject *object, PyObject *unused)
     PyObject *list = PyList_New((Py_ssize_t)h->num_records);
     for (size_t i = 0; list != NULL && i < h->num_records; i++) {
         hook_record *r = &h->records[i];
-        PyObject *item = Py_BuildValue("(KKsIIOO)", (unsigned long long)(uintptr_t)r->tensor,
+        PyObject *item = Py_BuildValue("(KKsIIOOO)", (unsigned long long)(uintptr_t)r->tensor,
                                        (unsigned long long)(uintptr_t)r->data, r->name, r->recording, r->node,
                                        r->op == h->operations.get_rows ? Py_True : Py_False,
-                                       r->through_view ? Py_True : Py_False);
+                                       r->through_view ? Py_True : Py_False, r->experts ? Py_True : Py_False);
         if (item == NULL)
             Py_CLEAR(list);
         else
@@ -182,13 +182,18 @@ static PyObject *py_hook_bind(PyObject *object, PyObject *args)
     int error = 0;
     for (Py_ssize_t i = 0; i < num && bound->open && !PyErr_Occurred(); i++) {
         uint64_t tensor, home;
-        long number;
+        long number, layer = -1, matrix = 0;
         int streamed, rows;
-        if (parse_tuple_at(list, i, "(tensor, home, block, streamed, rows)", "O&O&lpp", to_uint64, &tensor, to_uint64,
-                           &home, &number, &streamed, &rows)) {
+        if (parse_tuple_at(list, i, "(tensor, home, block, streamed, rows, layer of experts, matrix)", "O&O&lpp|ll",
+                           to_uint64, &tensor, to_uint64, &home, &number, &streamed, &rows, &layer, &matrix)) {
             if (number >= (long)bound->pager.num_blocks)
                 PyErr_Format(PyExc_IndexError, "expected a block below %zu, got %ld", bound->pager.num_blocks, number);
-            weights[i] = (hook_weight){.tensor = (ggml_view *)(uintptr_t)tensor, .home = (void *)(uintptr_t)home,
+            const expert_cache *cache = bound->pager.experts;
+            if (layer >= 0 && (cache == NULL || layer >= (long)cache->num_layers || matrix < 0 ||
+                               matrix >= (long)cache->kinds[cache->layers[layer].kind].num_matrices))
+                PyErr_Format(PyExc_IndexError, "expected a matrix of a layer of experts, got %ld of %ld", matrix, layer);
+            weights[i] = (hook_weight){.experts = layer >= 0, .layer = (uint32_t)layer, .matrix = (uint32_t)matrix,
+                                       .tensor = (ggml_view *)(uintptr_t)tensor, .home = (void *)(uintptr_t)home,
                                        .block = number < 0 ? 0 : (uint32_t)number, .has_block = number >= 0,
                                        .streamed = streamed != 0, .rows = rows != 0};
         }
@@ -202,8 +207,44 @@ static PyObject *py_hook_bind(PyObject *object, PyObject *args)
         return NULL;
     if (error != 0)
         return PyErr_NoMemory();
+    hook_point_to_pools(&self->hook);
     hook_exchange_pager(self, bound);
     Py_RETURN_NONE;
+}
+
+static PyObject *py_hook_set_gates(PyObject *object, PyObject *args)
+{
+    PyObject *list;
+    uint32_t num_guesses;
+    if (!PyArg_ParseTuple(args, "OO&", &list, to_uint32, &num_guesses))
+        return NULL;
+    Py_ssize_t num = PySequence_Size(list);
+    if (num < 0)
+        return NULL;
+    expert_gate *gates = PyMem_Calloc((size_t)num + 1, sizeof *gates);
+    if (gates == NULL)
+        return PyErr_NoMemory();
+    for (Py_ssize_t i = 0; i < num && !PyErr_Occurred(); i++) {
+        uint64_t weights, bias;
+        if (parse_tuple_at(list, i, "(weights, bias, width, experts)", "O&O&O&O&", to_uint64, &weights, to_uint64, &bias,
+                           to_uint32, &gates[i].width, to_uint32, &gates[i].num_experts)) {
+            gates[i].weights = (const float *)(uintptr_t)weights;
+            gates[i].bias = (const float *)(uintptr_t)bias;
+        }
+    }
+    int error = PyErr_Occurred() ? 0 : hook_set_gates(&((hook_object *)object)->hook, gates, (uint32_t)num, num_guesses);
+    PyMem_Free(gates);
+    if (error != 0)
+        PyErr_NoMemory();
+    if (PyErr_Occurred())
+        return NULL;
+    Py_RETURN_NONE;
+}
+
+static PyObject *py_hook_too_many_experts(PyObject *object, void *closure)
+{
+    (void)closure;
+    return PyBool_FromLong(((hook_object *)object)->hook.too_many_experts);
 }
 
 static PyObject *py_hook_unbind(PyObject *object, PyObject *unused)
@@ -244,6 +285,8 @@ static PyMethodDef hook_methods[] = {
      "(tensor, data, name, recording, node, rows, through a view) for each use seen, in order."},
     {"bind", py_hook_bind, METH_VARARGS,
      "bind(pager, weights): (tensor, home, block or -1, streamed, rows) for each weight."},
+    {"set_gates", py_hook_set_gates, METH_VARARGS,
+     "set_gates([(weights address or 0, bias address or 0, width, experts)], guesses): predict the next layer's experts."},
     {"unbind", py_hook_unbind, METH_NOARGS, "Forget the pager."},
     {"begin_pass", py_hook_begin_pass, METH_NOARGS, "Before llama_decode."},
     {"end_pass", py_hook_end_pass, METH_NOARGS, "After llama_decode, however it ended."},
@@ -255,6 +298,8 @@ static PyGetSetDef hook_getset[] = {
     {"evaluate_address", py_hook_evaluate_address, NULL, "For llama_context_params.cb_eval.", NULL},
     {"abort_address", py_hook_abort_address, NULL, "For llama_context_params.abort_callback.", NULL},
     {"data_address", py_hook_data_address, NULL, "User data of both.", NULL},
+    {"too_many_experts", py_hook_too_many_experts, NULL,
+     "Whether the last pass wanted more experts of one layer than there are slots.", NULL},
     {"halted", py_hook_halted, NULL, "Whether the pass is to end or has failed.", NULL},
     {NULL, NULL, NULL, NULL, NULL},
 };

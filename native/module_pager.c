@@ -111,11 +111,11 @@ static use *parse_order(PyObject *list, size_t *count)
 
 static PyObject *pager_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"sources", "blocks", "order", "ring", "chunk_bytes", "threads", NULL};
-    PyObject *source_list, *block_list, *order_list, *ring;
+    static char *names[] = {"sources", "blocks", "order", "ring", "chunk_bytes", "threads", "experts", NULL};
+    PyObject *source_list, *block_list, *order_list, *ring, *experts = Py_None;
     Py_ssize_t chunk_bytes = 1 << 20, threads = 3;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOO|nn", names, &source_list, &block_list, &order_list, &ring,
-                                     &chunk_bytes, &threads))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOO|nnO", names, &source_list, &block_list, &order_list, &ring,
+                                     &chunk_bytes, &threads, &experts))
         return NULL;
     module_state *state = PyType_GetModuleState(type);
     if (ring != Py_None && !PyObject_TypeCheck(ring, state->arena_type))
@@ -147,8 +147,12 @@ static PyObject *pager_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
                            arena ? arena->memory : NULL, arena ? (size_t)arena->bytes : 0, (size_t)chunk_bytes);
     self->open = true;
     self->ring = ring;
+    self->experts = experts;
     Py_INCREF(ring);
-    if (error != 0)
+    Py_INCREF(experts);
+    if (error == 0 && experts != Py_None && !give_experts(&self->pager, experts))
+        error = EINVAL;
+    else if (error != 0)
         raise_errno(error, self->pager.error_text);
     else if ((error = pager_start(&self->pager, (size_t)threads)) != 0)
         raise_errno(error, "the reading threads could not be started");
@@ -168,12 +172,14 @@ static void pager_shut(pager_object *self)
     pager_destroy(&self->pager);
     Py_END_ALLOW_THREADS
     Py_CLEAR(self->ring);
+    Py_CLEAR(self->experts);
 }
 
 static void pager_dealloc(PyObject *object)
 {
     pager_shut((pager_object *)object);
     Py_CLEAR(((pager_object *)object)->ring);
+    Py_CLEAR(((pager_object *)object)->experts);
     free_heap_object(object);
 }
 
@@ -309,10 +315,19 @@ static PyObject *py_pager_statistics(PyObject *object, PyObject *unused)
     bool direct = self->pager.num_sources > 0;
     for (size_t i = 0; i < self->pager.num_sources; i++)
         direct = direct && atomic_load(&self->pager.sources[i].direct);
-    return Py_BuildValue("{sdsKsKsKsdsKsdsKsKsKsO}", "pass_fraction", s.pass_fraction, "read_bytes", s.read_bytes, "resident_bytes", s.resident_bytes,
-                         "row_bytes", s.row_bytes, "wait_seconds", (double)s.wait_ns * 1e-9, "waits", s.waits,
+    return Py_BuildValue("{sdsKsKsKsdsKsdsKsKsKsO}", "pass_fraction", s.pass_fraction, "read_bytes", s.read_bytes,
+                         "resident_bytes", s.resident_bytes, "row_bytes", s.row_bytes, "wait_seconds", (double)s.wait_ns * 1e-9, "waits", s.waits,
                          "busy_seconds", (double)s.busy_ns * 1e-9, "passes", s.passes, "ring_wraps", s.ring_wraps,
                          "reorders", s.reorders, "direct", direct ? Py_True : Py_False);
+}
+
+static PyObject *py_pager_expert_statistics(PyObject *object, PyObject *unused)
+{
+    (void)unused;
+    pager_object *self = (pager_object *)object;
+    if (self->open && self->pager.experts != NULL)
+        return describe_expert_statistics(&self->pager);
+    return PyDict_New();
 }
 
 static PyMethodDef pager_methods[] = {
@@ -324,6 +339,7 @@ static PyMethodDef pager_methods[] = {
     {"open_rows", py_pager_open_rows, METH_VARARGS, "open_rows(block, row_bytes, int32 buffer): bring rows home."},
     {"close_rows", py_pager_close_rows, METH_O, "Drop a table's rows."},
     {"statistics", py_pager_statistics, METH_NOARGS, "Counters since the start."},
+    {"expert_statistics", py_pager_expert_statistics, METH_NOARGS, "Counters of the cache of experts; {} without one."},
     {"close", py_pager_close, METH_NOARGS, "Stop the reading threads and close the files."},
     {NULL, NULL, 0, NULL},
 };

@@ -7,6 +7,7 @@
 #include <string.h>
 #include <time.h>
 
+#include "experts.h"
 #include "memory.h"
 
 static uint64_t now_ns(void)
@@ -27,7 +28,7 @@ static transfer *transfer_of(pager *p, use *u)
 
 /* ---- failure ------------------------------------------------------------------------------------------------ */
 
-static void fail_locked(pager *p, int error, const char *text)
+void pager_fail_locked(pager *p, int error, const char *text)
 {
     if (p->error == 0) {
         p->error = error;
@@ -38,22 +39,22 @@ static void fail_locked(pager *p, int error, const char *text)
     pthread_cond_broadcast(&p->work);
 }
 
-static void fail_read_locked(pager *p, int error, const block *b)
+void pager_fail_read_locked(pager *p, int error, uint32_t source_number, uint64_t offset, uint64_t bytes)
 {
     char text[PAGER_TEXT_BYTES];
-    const char *path = p->sources[b->source].path;
-    unsigned long long offset = b->offset, bytes = b->bytes;
+    const char *path = p->sources[source_number].path;
+    unsigned long long from = offset, to = offset + bytes;
     if (error == ENODATA)
-        snprintf(text, sizeof text, "expected bytes %llu to %llu, the file ends before: %s", offset, offset + bytes, path);
+        snprintf(text, sizeof text, "expected bytes %llu to %llu, the file ends before: %s", from, to, path);
     else
-        snprintf(text, sizeof text, "reading bytes %llu to %llu failed (error %d): %s", offset, offset + bytes, error, path);
-    fail_locked(p, error, text);
+        snprintf(text, sizeof text, "reading bytes %llu to %llu failed (error %d): %s", from, to, error, path);
+    pager_fail_locked(p, error, text);
 }
 
 void pager_fail(pager *p, int error, const char *text)
 {
     pthread_mutex_lock(&p->lock);
-    fail_locked(p, error, text);
+    pager_fail_locked(p, error, text);
     pthread_mutex_unlock(&p->lock);
 }
 
@@ -116,19 +117,9 @@ static void begin_transfer(pager *p, use *u)
 
 /* ---- reading ahead ------------------------------------------------------------------------------------------ */
 
-typedef struct {
-    const block *block;
-    transfer *transfer;
-    uint8_t *to;
-    uint64_t offset;
-    size_t length, needed;
-} chunk;
-
-/* The next piece to read, in the order of use. false: nothing can be fetched now. */
-static bool next_chunk(pager *p, chunk *c)
+/* The next piece of the order of use. false: nothing of it can be fetched now. */
+static bool next_in_order(pager *p, pager_chunk *c)
 {
-    if (p->paused || p->error != 0)
-        return false;
     while (p->fetch < p->released + p->num_uses) {
         use *u = use_at(p, p->fetch);
         block *b = block_of(p, u);
@@ -141,14 +132,12 @@ static bool next_chunk(pager *p, chunk *c)
             begin_transfer(p, u);
         if (b->kind == BLOCK_STREAMED && !piece_is_free(p, u))
             return false;
-        c->block = b;
-        c->transfer = t;
-        c->to = t->to + t->issued;
-        c->offset = b->start + t->issued;
-        c->length = piece_bytes(p, b, t);
-        uint64_t end = b->offset + b->bytes;
-        c->needed = c->offset + c->length <= end ? c->length : (size_t)(end - c->offset);
-        t->issued += c->length;
+        uint64_t offset = b->start + t->issued, end = b->offset + b->bytes;
+        size_t length = piece_bytes(p, b, t);
+        *c = (pager_chunk){.source = b->source, .transfer = t, .total = b->span, .to = t->to + t->issued,
+                           .offset = offset, .length = length, .resident = b->kind == BLOCK_RESIDENT,
+                           .needed = offset + length <= end ? length : (size_t)(end - offset)};
+        t->issued += length;
         if (t->issued == b->span)
             p->fetch++;
         return true;
@@ -156,11 +145,50 @@ static bool next_chunk(pager *p, chunk *c)
     return false;
 }
 
+/* What is waited for comes first, then what is read ahead because it is sure to be used, then guesses. */
+static bool next_chunk(pager *p, pager_chunk *c)
+{
+    if (p->paused || p->error != 0)
+        return false;
+    return (p->experts != NULL && experts_next_chunk(p->experts, p->chunk_bytes, c, true)) || next_in_order(p, c) ||
+           (p->experts != NULL && experts_next_chunk(p->experts, p->chunk_bytes, c, false));
+}
+
+/* Reads a piece to its place. Where that place is not the same within a block of the disk as the file's, it goes
+   through `bounce`, which holds a piece and the blocks around it. */
+static int read_chunk(pager *p, const pager_chunk *c, uint8_t *bounce)
+{
+    source *file = &p->sources[c->source];
+    if (((uintptr_t)c->to - c->offset) % p->alignment == 0)
+        return source_read(file, c->to, c->offset, c->length, c->needed);
+    uint64_t start = round_down(c->offset, p->alignment);
+    size_t length = (size_t)(round_up(c->offset + c->length, p->alignment) - start);
+    int error = source_read(file, bounce, start, length, (size_t)(c->offset + c->needed - start));
+    if (error == 0)
+        memcpy(c->to, bounce + (c->offset - start), c->needed);
+    return error;
+}
+
+static void complete_chunk(pager *p, const pager_chunk *c)
+{
+    p->statistics.read_bytes += c->length;
+    if (c->resident)
+        p->statistics.resident_bytes += c->length;
+    c->transfer->completed += c->length;
+    if (c->transfer->completed == c->total)
+        c->transfer->state = TRANSFER_READY;
+    if (c->transfer->state == TRANSFER_READY || p->in_flight == 0)
+        pthread_cond_broadcast(&p->ready);
+}
+
 static void *reading_thread(void *argument)
 {
     pager *p = argument;
-    chunk c;
+    pager_chunk c;
+    uint8_t *bounce = p->experts != NULL ? memory_allocate(p->chunk_bytes + 2 * p->alignment) : NULL;
     pthread_mutex_lock(&p->lock);
+    if (p->experts != NULL && bounce == NULL)
+        pager_fail_locked(p, ENOMEM, "no memory for reading experts");
     while (!p->stopping) {
         if (!next_chunk(p, &c)) {
             pthread_cond_wait(&p->work, &p->lock);
@@ -169,24 +197,19 @@ static void *reading_thread(void *argument)
         if (p->in_flight++ == 0)
             p->busy_since_ns = now_ns();
         pthread_mutex_unlock(&p->lock);
-        int error = source_read(&p->sources[c.block->source], c.to, c.offset, c.length, c.needed);
+        int error = read_chunk(p, &c, bounce);
         pthread_mutex_lock(&p->lock);
         if (--p->in_flight == 0)
             p->statistics.busy_ns += now_ns() - p->busy_since_ns;
-        if (error != 0) {
-            fail_read_locked(p, error, c.block);
-            continue;
-        }
-        p->statistics.read_bytes += c.length;
-        if (c.block->kind == BLOCK_RESIDENT)
-            p->statistics.resident_bytes += c.length;
-        c.transfer->completed += c.length;
-        if (c.transfer->completed == c.block->span)
-            c.transfer->state = TRANSFER_READY;
-        if (c.transfer->state == TRANSFER_READY || p->in_flight == 0)
-            pthread_cond_broadcast(&p->ready);
+        if (c.slot != NULL)
+            c.slot->in_flight--;
+        if (error != 0)
+            pager_fail_read_locked(p, error, c.source, c.offset, c.length);
+        else
+            complete_chunk(p, &c);
     }
     pthread_mutex_unlock(&p->lock);
+    memory_free(bounce, p->chunk_bytes + 2 * p->alignment);
     return NULL;
 }
 
@@ -225,7 +248,7 @@ static bool sources_unchanged_locked(pager *p)
         if (!source_unchanged(&p->sources[i])) {
             char text[PAGER_TEXT_BYTES];
             snprintf(text, sizeof text, "changed, replaced or removed while in use: %s", p->sources[i].path);
-            fail_locked(p, ESTALE, text);
+            pager_fail_locked(p, ESTALE, text);
             return false;
         }
     return true;
@@ -251,6 +274,8 @@ bool pager_begin_pass(pager *p)
     pthread_mutex_lock(&p->lock);
     bool good = p->error == 0 && sources_unchanged_locked(p);
     if (good) {
+        if (p->aborted && p->experts != NULL)
+            experts_reset(p->experts);
         p->aborted = false;
         atomic_store_explicit(&p->halted, false, memory_order_relaxed);
         release_locked(p);
@@ -287,7 +312,7 @@ static bool wait_for(pager *p, uint64_t number)
             begin_transfer(p, u);
         /* Everything before it is acquired: what does not fit now will not fit later. */
         if (p->fetch == number && p->in_flight == 0 && block_of(p, u)->kind == BLOCK_STREAMED && !piece_is_free(p, u)) {
-            fail_locked(p, ENOBUFS, "a weight was needed out of order and the ring is too small to hold it as well");
+            pager_fail_locked(p, ENOBUFS, "a weight was needed out of order and the ring is too small to hold it as well");
             break;
         }
         pthread_cond_wait(&p->ready, &p->lock);
@@ -330,7 +355,7 @@ static bool seek_block(pager *p, uint32_t wanted)
         if (use_at(p, target)->block != wanted)
             continue;
         if (target >= p->released + p->num_uses) {
-            fail_locked(p, ENOBUFS, "a weight was needed that comes a whole pass after one that is still in use");
+            pager_fail_locked(p, ENOBUFS, "a weight was needed that comes a whole pass after one that is still in use");
             return false;
         }
         if (skipped == 0)
@@ -346,7 +371,7 @@ static bool seek_block(pager *p, uint32_t wanted)
         p->cursor = target;
         return true;
     }
-    fail_locked(p, EINVAL, "a block was asked for that is not in the order of use");
+    pager_fail_locked(p, EINVAL, "a block was asked for that is not in the order of use");
     return false;
 }
 
@@ -390,76 +415,6 @@ void pager_release(pager *p)
     pthread_mutex_lock(&p->lock);
     release_locked(p);
     pthread_mutex_unlock(&p->lock);
-}
-
-/* ---- rows --------------------------------------------------------------------------------------------------- */
-
-static int compare_rows(const void *a, const void *b)
-{
-    int32_t x = *(const int32_t *)a, y = *(const int32_t *)b;
-    return (x > y) - (x < y);
-}
-
-int pager_open_rows(pager *p, uint32_t number, size_t row_bytes, const void *rows, size_t num_rows)
-{
-    block *b = &p->blocks[number];
-    source *file = &p->sources[b->source];
-    int error = 0;
-    char text[PAGER_TEXT_BYTES] = "";
-    int32_t *sorted = malloc((num_rows ? num_rows : 1) * sizeof *sorted);
-    if (sorted == NULL) {
-        pager_fail(p, ENOMEM, "no memory to sort the rows of a table");
-        return ENOMEM;
-    }
-    memcpy(sorted, rows, num_rows * sizeof *sorted);
-    qsort(sorted, num_rows, sizeof *sorted, compare_rows);
-    uint64_t bytes = 0;
-    for (size_t i = 0; i < num_rows && error == 0;) {
-        if (sorted[i] < 0 || (uint64_t)sorted[i] >= b->bytes / row_bytes) {
-            error = EINVAL;
-            snprintf(text, sizeof text, "expected rows below %llu, got row %d: %s",
-                     (unsigned long long)(b->bytes / row_bytes), sorted[i], file->path);
-            break;
-        }
-        /* Neighbouring rows share pages: read each stretch of pages once, but nothing outside the table. */
-        uint64_t start = round_down(b->offset + (uint64_t)sorted[i] * row_bytes, p->alignment);
-        uint64_t needed, end = start;
-        if (start < b->offset)
-            start = b->offset;
-        do {
-            needed = b->offset + ((uint64_t)sorted[i] + 1) * row_bytes;
-            end = round_up(needed, p->alignment);
-            if (end > b->offset + b->bytes)
-                end = b->offset + b->bytes;
-            i++;
-        } while (i < num_rows && (uint64_t)sorted[i] < b->bytes / row_bytes &&
-                 b->offset + (uint64_t)sorted[i] * row_bytes <= end);
-        void *to = (void *)((uintptr_t)b->home + start - b->offset);
-        if (memory_open(to, end - start) != 0)
-            error = errno;
-        else
-            error = source_read(file, to, start, end - start, needed - start);
-        bytes += end - start;
-    }
-    pthread_mutex_lock(&p->lock);
-    p->statistics.row_bytes += bytes;
-    if (text[0] != 0)
-        fail_locked(p, error, text);
-    else if (error != 0)
-        fail_read_locked(p, error, b);
-    pthread_mutex_unlock(&p->lock);
-    free(sorted);
-    return error;
-}
-
-void pager_close_rows(pager *p, uint32_t number)
-{
-    /* The first and last page may hold a neighbour's bytes too: they stay. */
-    block *b = &p->blocks[number];
-    uintptr_t start = round_up((uintptr_t)b->home, memory_page_bytes());
-    uintptr_t end = round_down((uintptr_t)b->home + b->bytes, memory_page_bytes());
-    if (end > start)
-        (void)memory_guard((void *)start, end - start);
 }
 
 /* ---- life --------------------------------------------------------------------------------------------------- */
@@ -556,6 +511,7 @@ void pager_destroy(pager *p)
     free(p->blocks);
     free(p->uses);
     free(p->threads);
+    experts_free(p->experts);
     pthread_cond_destroy(&p->ready);
     pthread_cond_destroy(&p->work);
     pthread_mutex_destroy(&p->lock);

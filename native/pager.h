@@ -30,6 +30,21 @@ typedef struct {
     size_t issued, completed;
 } transfer;
 
+struct expert_cache;
+struct expert_slot;
+
+/* A piece that one thread reads. */
+typedef struct {
+    uint32_t source;
+    transfer *transfer;
+    size_t total; /* of the transfer */
+    uint8_t *to;
+    uint64_t offset;
+    size_t length, needed; /* the rest may lie past the end of the file */
+    bool resident;
+    struct expert_slot *slot; /* NULL: not of an expert */
+} pager_chunk;
+
 typedef struct {
     uint32_t source;
     block_kind kind;
@@ -82,6 +97,8 @@ typedef struct {
     int error;          /* errno of the first failure, sticky */
     char error_text[PAGER_TEXT_BYTES];
 
+    struct expert_cache *experts; /* NULL: none; given before pager_start, freed with the pager */
+
     pager_statistics statistics;
     uint64_t busy_since_ns;
     pthread_t *threads;
@@ -119,6 +136,8 @@ void pager_close_rows(pager *p, uint32_t block);
 void pager_abort(pager *p);
 /* Records a failure that is not the pager's own; sticky. */
 void pager_fail(pager *p, int error, const char *text);
+void pager_fail_locked(pager *p, int error, const char *text);
+void pager_fail_read_locked(pager *p, int error, uint32_t source, uint64_t offset, uint64_t bytes);
 static inline bool pager_halted(pager *p) { return atomic_load_explicit(&p->halted, memory_order_relaxed); }
 
 void pager_copy_statistics(pager *p, pager_statistics *out);

@@ -36,6 +36,10 @@ class EngineStatistics:
     peak_memory_bytes: int
 
 
+class TooManyExperts(EngineError):
+    """A batch wants more experts of one layer than the cache holds: it has to be smaller."""
+
+
 class GGUFEngine:
     """A loaded model and its one sequence of tokens. Every call that computes runs on a thread of the engine's own,
     so that Ctrl-C reaches the caller at once; a pass that was interrupted leaves the sequence as it was."""
@@ -52,6 +56,7 @@ class GGUFEngine:
         self.plan = plan
         self.model = model
         self.context = context
+        self._batch = context.ubatch  # tokens of a pass; fewer where the cache of experts is small
         self._paged = paged
         self._hook = hook
         self._worker = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="edgeinfer-compute")
@@ -81,11 +86,17 @@ class GGUFEngine:
         """
         start = self.position
         try:
-            for done in range(0, len(tokens), self.context.ubatch):
-                batch = tokens[done : done + self.context.ubatch]
-                self._interruptible(batch, lambda: progress and progress(done, len(tokens), self._pass_fraction()))
+            done = 0
+            while done < len(tokens):
+                batch = tokens[done : done + self._batch]
+                try:
+                    self._interruptible(batch, lambda: progress and progress(done, len(tokens), self._pass_fraction()))
+                except TooManyExperts:
+                    self._batch = max(1, len(batch) // 2)
+                    continue
+                done += len(batch)
                 if progress:
-                    progress(done + len(batch), len(tokens), 0.0)
+                    progress(done, len(tokens), 0.0)
         except BaseException:
             if self.position > start:
                 self.context.truncate(start)
@@ -148,6 +159,8 @@ class GGUFEngine:
                 halted = True
             finally:
                 self._paged.end_pass()
+            if halted and self._paged.too_many_experts and len(tokens) > 1:
+                raise TooManyExperts()
             if halted:
                 raise DecodeAborted("The computation was stopped.")
         except BaseException:
@@ -171,6 +184,10 @@ class GGUFEngine:
             budget_bytes=self.plan.budget_bytes,
             peak_memory_bytes=process_memory().peak_rss_bytes,
         )
+
+    def expert_statistics(self) -> dict[str, int]:
+        """Counters of the cache of experts; {} without one. See native/experts.h."""
+        return self._paged.expert_statistics() if self._paged is not None else {}
 
     def close(self) -> None:
         self._worker.shutdown()

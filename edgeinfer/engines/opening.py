@@ -111,8 +111,20 @@ class Prepared:
 
     def plan(self, budget_bytes: int) -> Plan:
         """The best plan under the budget: stock llama.cpp where it fits, else streaming. Raises BudgetError."""
-        plan = make_plan(self.uses, budget_bytes, self.overhead, TOKEN_TABLES)
+        plan = self._make_plan(budget_bytes)
         return inmemory.plan_if_it_fits(self.file, plan) or plan
+
+    def smallest_budget(self) -> int:
+        """Bytes of the smallest budget that this model works in, as the planner says it."""
+        try:
+            self._make_plan(0)
+        except BudgetError as error:
+            return error.smallest_bytes
+        raise EngineError("A model that needs no memory cannot be planned.")
+
+    def _make_plan(self, budget_bytes: int) -> Plan:
+        used = self.file.num_experts_used
+        return make_plan(self.uses, budget_bytes, self.overhead, TOKEN_TABLES, used, self.context.ubatch)
 
     def start(self, plan: Plan, started: float | None = None) -> GGUFEngine:
         """Begin reading as `plan` says."""
@@ -128,15 +140,11 @@ class Prepared:
 
 
 def _smallest_budget(file: ModelFile, context_length: int, threads: int) -> int:
-    """Bytes of the smallest budget that this model works in, as the planner says it."""
     prepared = Prepared(file, context_length=context_length, threads=threads)
     try:
-        make_plan(prepared.uses, 0, prepared.overhead, TOKEN_TABLES)
-    except BudgetError as error:
-        return error.smallest_bytes
+        return prepared.smallest_budget()
     finally:
         prepared.close()
-    raise EngineError("A model that needs no memory cannot be planned.")
 
 
 def _in_memory(

@@ -20,6 +20,7 @@ import llama_cpp
 
 from edgeinfer import _native
 from edgeinfer.engines.llama import LlamaContext, LlamaModel
+from edgeinfer.engines.pools import describe_pools, gates_of, places_in_pools
 from edgeinfer.errors import EngineError, ReadError
 from edgeinfer.modelfile import ModelFile, TensorInfo
 from edgeinfer.plan import Plan, WeightUse
@@ -63,6 +64,7 @@ class _Seen:
     name: str
     rows: bool
     through_view: bool
+    experts: bool
 
 
 class PagedModel:
@@ -78,6 +80,7 @@ class PagedModel:
         self.pager: _native.Pager | None = None
         self._ring: _native.Arena | None = None
         self._row_blocks: list[tuple[int, int]] = []
+        self._gates: tuple[list[tuple[int, int, int, int]], int] | None = None
         self.model, self._bases = self._load()
         self.hook.set_ranges(self._ranges(file.tensors))
 
@@ -131,10 +134,10 @@ class PagedModel:
             self.hook.record(False)
         passes: dict[int, list[_Seen]] = {}
         names = {tensor.name for tensor in self.file.tensors}
-        for tensor, data, name, recording, _, rows, through_view in self.hook.records():
+        for tensor, data, name, recording, _, rows, through_view, experts in self.hook.records():
             if name not in names:  # memory of llama.cpp's own: see _ranges
                 continue
-            passes.setdefault(recording, []).append(_Seen(tensor, data, name, rows, through_view))
+            passes.setdefault(recording, []).append(_Seen(tensor, data, name, rows, through_view, experts))
         if not passes:
             raise EngineError("llama.cpp's graph shows no weights of the model.")
         self._seen = [seen for uses in passes.values() for seen in uses]
@@ -146,7 +149,15 @@ class PagedModel:
 
     def _as_use(self, seen: _Seen) -> WeightUse:
         info = self._info(seen)
-        return WeightUse(info.name, info.nbytes, seen.rows, seen.through_view)
+        return WeightUse(
+            info.name,
+            info.nbytes,
+            rows=seen.rows,
+            through_view=seen.through_view,
+            experts=info.shape[2] if seen.experts and len(info.shape) == 3 else 0,
+            layer=info.layer,
+            router=info.role.startswith("ffn_gate_inp"),
+        )
 
     def _info(self, seen: _Seen) -> TensorInfo:
         """The file's entry for a tensor; its address must be where the file says."""
@@ -185,8 +196,10 @@ class PagedModel:
             self._ring,
             plan.chunk_bytes,
             plan.reading_threads,
+            describe_pools(self.file, plan.pools) if plan.pools else None,
         )
         self._check_files()
+        pooled = places_in_pools(plan.pools) if plan.pools else {}
         weights = {
             seen.tensor: (
                 seen.tensor,
@@ -194,10 +207,14 @@ class PagedModel:
                 products.get(seen.name, -1),
                 seen.name in plan.streamed,
                 seen.name in rows,
+                *pooled.get(seen.name, ()),
             )
             for seen in self._seen
         }
         self.hook.bind(self.pager, list(weights.values()))
+        if plan.pools and plan.pools.predict:
+            resident = {name: self._bases[infos[name].part] + infos[name].offset for name in plan.resident}
+            self._gates = gates_of(self.file, plan.pools, resident)
 
     def _check_files(self) -> None:
         """The pager notices changes of the files that it opened; they must be those that llama.cpp has loaded."""
@@ -243,6 +260,18 @@ class PagedModel:
         for block, _ in self._row_blocks:
             self.pager.close_rows(block)
         self._checked(self.pager.end_pass)
+        if self._gates and not self.hook.halted:
+            # The routers are in memory now: the first pass has brought them in.
+            self.hook.set_gates(*self._gates)
+            self._gates = None
+
+    @property
+    def too_many_experts(self) -> bool:
+        """Whether the last pass ended because its tokens want more experts of one layer than the cache holds."""
+        return self.hook.too_many_experts
+
+    def expert_statistics(self) -> dict:
+        return self.pager.expert_statistics()
 
     def _checked(self, call: Callable, *arguments: object) -> None:
         try:

@@ -206,7 +206,7 @@ def test_recording_shows_every_use_in_order(model):
     model.hook.end_pass()
     model.hook.record(False)
     assert not model.should_abort()
-    shown = [(name, node, rows, view) for _, _, name, _, node, rows, view in model.hook.records()]
+    shown = [(name, node, rows, view) for _, _, name, _, node, rows, view, _ in model.hook.records()]
     assert shown == [
         ("table", 1, True, False),
         ("third", 2, False, False),

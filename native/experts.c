@@ -1,0 +1,443 @@
+#define _GNU_SOURCE
+#include "experts.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+/* ---- requests ------------------------------------------------------------------------------------------------ */
+
+static bool queue_init(expert_queue *q, size_t capacity)
+{
+    q->entries = calloc(capacity, sizeof *q->entries);
+    q->capacity = capacity;
+    return q->entries != NULL;
+}
+
+/* A full queue forgets its oldest entry: capacity is above what can be open, so that one is stale. */
+static void queue_push(expert_queue *q, expert_request r)
+{
+    if (q->count == q->capacity) {
+        q->first = (q->first + 1) % q->capacity;
+        q->count--;
+    }
+    q->entries[(q->first + q->count++) % q->capacity] = r;
+}
+
+static expert_kind *kind_of_key(expert_cache *cache, uint32_t key)
+{
+    return &cache->kinds[cache->layers[key / cache->num_experts].kind];
+}
+
+static bool fully_issued(const expert_kind *kind, const expert_slot *slot, uint32_t matrix)
+{
+    return slot->matrix[matrix].issued == kind->bytes[matrix];
+}
+
+bool experts_next_chunk(expert_cache *cache, size_t most, pager_chunk *c, bool needed)
+{
+    expert_queue *q = needed ? &cache->needed : &cache->guessed;
+    for (; q->count > 0; q->first = (q->first + 1) % q->capacity, q->count--) {
+        expert_request r = q->entries[q->first];
+        expert_kind *kind = kind_of_key(cache, r.key);
+        expert_slot *slot = &kind->slots[r.slot];
+        transfer *t = &slot->matrix[r.matrix];
+        if (slot->key != r.key || fully_issued(kind, slot, r.matrix))
+            continue; /* given to another expert, or read on another request */
+        const expert_layer *layer = &cache->layers[r.key / cache->num_experts];
+        uint64_t start = layer->offset[r.matrix] + (uint64_t)(r.key % cache->num_experts) * kind->bytes[r.matrix];
+        size_t left = kind->bytes[r.matrix] - t->issued;
+        size_t length = left < most ? left : most;
+        t->state = TRANSFER_READING;
+        *c = (pager_chunk){.source = layer->source[r.matrix], .transfer = t, .total = kind->bytes[r.matrix],
+                           .to = t->to + t->issued, .offset = start + t->issued, .length = length, .needed = length,
+                           .slot = slot};
+        t->issued += length;
+        slot->in_flight++;
+        return true;
+    }
+    return false;
+}
+
+/* ---- slots --------------------------------------------------------------------------------------------------- */
+
+typedef struct {
+    expert_cache *cache;
+    expert_kind *kind;
+} eviction;
+
+static bool slot_may_go(const expert_cache *cache, const expert_slot *slot)
+{
+    return slot->in_flight == 0 && slot->selection != cache->selection;
+}
+
+static bool key_may_go(uint32_t key, void *data)
+{
+    eviction *e = data;
+    uint32_t slot = e->cache->slot_of_key[key];
+    return slot != EXPERT_NONE && slot_may_go(e->cache, &e->kind->slots[slot]);
+}
+
+static void empty_slot(expert_cache *cache, expert_kind *kind, expert_slot *slot)
+{
+    if (slot->key == EXPERT_NONE)
+        return;
+    if (!slot->passing) {
+        policy_remove(kind->policy, slot->key);
+        kind->num_loose++;
+    }
+    cache->slot_of_key[slot->key] = EXPERT_NONE;
+    slot->key = EXPERT_NONE;
+    slot->passing = false;
+}
+
+/* A slot that is free, or that a prefill left behind; then the policy's choice. EXPERT_NONE: all are in use. */
+static uint32_t find_slot(expert_cache *cache, expert_kind *kind)
+{
+    for (uint32_t i = 0; kind->num_loose > 0 && i < kind->num_slots; i++) {
+        uint32_t number = (kind->hand + i) % kind->num_slots;
+        expert_slot *slot = &kind->slots[number];
+        if ((slot->key == EXPERT_NONE && slot->in_flight == 0) || (slot->passing && slot_may_go(cache, slot))) {
+            kind->hand = number + 1;
+            empty_slot(cache, kind, slot);
+            return number;
+        }
+    }
+    eviction e = {cache, kind};
+    uint32_t key = policy_victim(kind->policy, key_may_go, &e);
+    if (key == POLICY_NONE)
+        return EXPERT_NONE;
+    uint32_t number = cache->slot_of_key[key];
+    empty_slot(cache, kind, &kind->slots[number]);
+    return number;
+}
+
+/* The slot is free. `passing`: only for this pass; otherwise the policy knows it from now on. */
+static void fill_slot(expert_cache *cache, expert_kind *kind, uint32_t number, uint32_t key, bool passing)
+{
+    expert_slot *slot = &kind->slots[number];
+    slot->key = key;
+    slot->guessed = false;
+    slot->passing = passing;
+    slot->selection = cache->selection;
+    if (!passing) {
+        kind->num_loose--;
+        policy_insert(kind->policy, key);
+    }
+    cache->slot_of_key[key] = number;
+    for (uint32_t m = 0; m < kind->num_matrices; m++)
+        slot->matrix[m] = (transfer){.state = TRANSFER_IDLE,
+                                     .to = kind->pool[m] + (size_t)number * kind->stride[m]};
+}
+
+static bool slot_ready(const expert_kind *kind, const expert_slot *slot)
+{
+    for (uint32_t m = 0; m < kind->num_matrices; m++)
+        if (slot->matrix[m].state != TRANSFER_READY)
+            return false;
+    return true;
+}
+
+/* ---- selecting ----------------------------------------------------------------------------------------------- */
+
+/* Guesses that reading has not begun with are dropped: what is needed now has told what is right. */
+static void drop_guesses(expert_cache *cache)
+{
+    expert_queue *q = &cache->guessed;
+    for (; q->count > 0; q->first = (q->first + 1) % q->capacity, q->count--) {
+        expert_request r = q->entries[q->first];
+        expert_kind *kind = kind_of_key(cache, r.key);
+        expert_slot *slot = &kind->slots[r.slot];
+        /* One that is partly read is no use either; its last piece may still be on the way. */
+        if (slot->key == r.key && slot->guessed && !fully_issued(kind, slot, r.matrix) &&
+            slot->selection != cache->selection)
+            empty_slot(cache, kind, slot);
+    }
+}
+
+static void count_wanted(expert_cache *cache, expert_kind *kind, uint32_t key, bool decoding, bool is_predicted_layer)
+{
+    uint32_t number = cache->slot_of_key[key];
+    expert_slot *slot = number == EXPERT_NONE ? NULL : &kind->slots[number];
+    expert_statistics *s = &cache->statistics;
+    if (!decoding) {
+        s->prefill_wanted++;
+        s->prefill_hits += slot != NULL;
+        return;
+    }
+    s->wanted++;
+    if (is_predicted_layer)
+        s->predicted_right += cache->predicted[key % cache->num_experts];
+    if (slot == NULL)
+        return;
+    s->guesses_used += slot->guessed;
+    cache->guesses_right += slot->guessed;
+    if (slot_ready(kind, slot))
+        s->hits++;
+    else
+        s->guess_hits += slot->guessed;
+}
+
+/* Waits for a slot while reads that nobody needs any more still go on. EXPERT_NONE: there is none, or halted. */
+static uint32_t wait_for_slot(pager *p, expert_kind *kind)
+{
+    uint32_t number;
+    while ((number = find_slot(p->experts, kind)) == EXPERT_NONE && p->in_flight > 0 && !pager_halted(p))
+        pthread_cond_wait(&p->ready, &p->lock);
+    return number;
+}
+
+static void request(expert_kind *kind, expert_queue *q, uint32_t matrix, uint32_t number)
+{
+    expert_slot *slot = &kind->slots[number];
+    if (matrix < kind->num_matrices && !fully_issued(kind, slot, matrix))
+        queue_push(q, (expert_request){number, matrix, slot->key});
+}
+
+bool experts_select(pager *p, uint32_t layer_number, const int32_t *ids, size_t num_ids, bool decoding, int32_t *slots,
+                    int *error)
+{
+    expert_cache *cache = p->experts;
+    expert_kind *kind = &cache->kinds[cache->layers[layer_number].kind];
+    *error = 0;
+    pthread_mutex_lock(&p->lock);
+    cache->selection++;
+    cache->layer = layer_number;
+    cache->num_chosen = 0;
+    for (uint32_t e = 0; e < cache->num_experts; e++)
+        cache->slot_of_expert[e] = EXPERT_NONE;
+    for (size_t i = 0; i < num_ids; i++) {
+        if (ids[i] < 0 || (uint32_t)ids[i] >= cache->num_experts) {
+            *error = EINVAL;
+            goto done;
+        }
+        cache->slot_of_expert[ids[i]] = 0; /* wanted */
+    }
+    bool is_predicted = decoding && cache->predicted_layer == layer_number;
+    /* First everything that is here is held, so that no missing one takes its slot. */
+    uint32_t first_key = layer_number * cache->num_experts;
+    for (uint32_t e = 0; e < cache->num_experts; e++) {
+        if (cache->slot_of_expert[e] == EXPERT_NONE)
+            continue;
+        uint32_t key = first_key + e, number = cache->slot_of_key[key];
+        count_wanted(cache, kind, key, decoding, is_predicted);
+        if (number != EXPERT_NONE)
+            kind->slots[number].selection = cache->selection;
+        if (decoding)
+            policy_access(kind->policy, key, number != EXPERT_NONE && !kind->slots[number].passing);
+    }
+    if (is_predicted)
+        for (uint32_t e = 0; e < cache->num_experts; e++)
+            cache->statistics.predicted += cache->predicted[e];
+    cache->predicted_layer = EXPERT_NONE;
+    drop_guesses(cache);
+    for (uint32_t e = 0; e < cache->num_experts; e++) {
+        if (cache->slot_of_expert[e] == EXPERT_NONE)
+            continue;
+        uint32_t key = first_key + e, number = cache->slot_of_key[key];
+        if (number == EXPERT_NONE) {
+            number = wait_for_slot(p, kind);
+            if (number == EXPERT_NONE) {
+                *error = pager_halted(p) ? ECANCELED : E2BIG;
+                goto done;
+            }
+            fill_slot(cache, kind, number, key, !decoding);
+        }
+        expert_slot *slot = &kind->slots[number];
+        slot->guessed = false;
+        if (decoding && slot->passing) { /* wanted again: it stays */
+            slot->passing = false;
+            kind->num_loose--;
+            policy_insert(kind->policy, key);
+        }
+        cache->slot_of_expert[e] = number;
+        cache->chosen[cache->num_chosen++] = number;
+    }
+    for (uint32_t m = 0; m < kind->num_matrices; m++) /* matrix by matrix: the first product starts first */
+        for (uint32_t i = 0; i < cache->num_chosen; i++)
+            request(kind, &cache->needed, m, cache->chosen[i]);
+    if (cache->needed.count > 0)
+        pthread_cond_broadcast(&p->work);
+    for (size_t i = 0; i < num_ids; i++)
+        slots[i] = (int32_t)cache->slot_of_expert[ids[i]];
+done:
+    pthread_mutex_unlock(&p->lock);
+    return *error == 0;
+}
+
+static bool matrix_ready(const expert_cache *cache, const expert_kind *kind, uint32_t matrix)
+{
+    for (uint32_t i = 0; i < cache->num_chosen; i++)
+        if (kind->slots[cache->chosen[i]].matrix[matrix].state != TRANSFER_READY)
+            return false;
+    return true;
+}
+
+static uint64_t now_ns(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+}
+
+bool experts_wait(pager *p, uint32_t matrix, bool *rest_ready)
+{
+    expert_cache *cache = p->experts;
+    pthread_mutex_lock(&p->lock);
+    const expert_kind *kind = &cache->kinds[cache->layers[cache->layer].kind];
+    if (!matrix_ready(cache, kind, matrix) && !pager_halted(p)) {
+        uint64_t start = now_ns();
+        while (!matrix_ready(cache, kind, matrix) && !pager_halted(p))
+            pthread_cond_wait(&p->ready, &p->lock);
+        p->statistics.wait_ns += now_ns() - start;
+        p->statistics.waits++;
+    }
+    *rest_ready = true;
+    for (uint32_t m = matrix + 1; m < kind->num_matrices; m++)
+        *rest_ready = *rest_ready && matrix_ready(cache, kind, m);
+    bool good = !pager_halted(p);
+    pthread_mutex_unlock(&p->lock);
+    return good;
+}
+
+/* Wrong guesses cost reads that others wait for: where most are wrong, guessing pauses, and is tried again later. */
+static bool guessing_pays(expert_cache *cache)
+{
+    enum { judged = 256, pause = 2048 };
+    if (cache->predictions_off > 0) {
+        cache->predictions_off--;
+        return false;
+    }
+    if (cache->guesses_judged >= judged) {
+        bool pays = 4 * cache->guesses_right >= cache->guesses_judged;
+        cache->guesses_judged = cache->guesses_right = 0;
+        if (!pays)
+            cache->predictions_off = pause;
+        return pays;
+    }
+    return true;
+}
+
+void experts_predict(pager *p, uint32_t layer, const uint32_t *experts, size_t num_experts)
+{
+    expert_cache *cache = p->experts;
+    expert_kind *kind = &cache->kinds[cache->layers[layer].kind];
+    pthread_mutex_lock(&p->lock);
+    if (!guessing_pays(cache)) {
+        pthread_mutex_unlock(&p->lock);
+        return;
+    }
+    memset(cache->predicted, 0, cache->num_experts * sizeof *cache->predicted);
+    cache->predicted_layer = layer;
+    bool asked = false;
+    /* Those that are here are spared first: another guess must not take their place. */
+    for (size_t i = 0; i < num_experts; i++) {
+        uint32_t number = cache->slot_of_key[layer * cache->num_experts + experts[i]];
+        cache->predicted[experts[i]] = true;
+        if (number != EXPERT_NONE)
+            kind->slots[number].selection = cache->selection;
+    }
+    for (size_t i = 0; i < num_experts; i++) {
+        uint32_t key = layer * cache->num_experts + experts[i];
+        if (cache->slot_of_key[key] != EXPERT_NONE)
+            continue;
+        uint32_t number = find_slot(cache, kind);
+        if (number == EXPERT_NONE)
+            break;
+        fill_slot(cache, kind, number, key, false);
+        kind->slots[number].guessed = true;
+        cache->statistics.guesses++;
+        cache->guesses_judged++;
+        for (uint32_t m = 0; m < kind->num_matrices; m++)
+            request(kind, &cache->guessed, m, number);
+        asked = true;
+    }
+    if (asked)
+        pthread_cond_broadcast(&p->work);
+    pthread_mutex_unlock(&p->lock);
+}
+
+void experts_reset(expert_cache *cache)
+{
+    cache->selection++;
+    cache->predicted_layer = EXPERT_NONE;
+    cache->needed.count = 0;
+    cache->guessed.count = 0;
+    for (uint32_t k = 0; k < cache->num_kinds; k++)
+        for (uint32_t i = 0; i < cache->kinds[k].num_slots; i++) {
+            expert_slot *slot = &cache->kinds[k].slots[i];
+            bool issued = true;
+            for (uint32_t m = 0; m < cache->kinds[k].num_matrices; m++)
+                issued = issued && fully_issued(&cache->kinds[k], slot, m);
+            if (slot->key != EXPERT_NONE && !issued)
+                empty_slot(cache, &cache->kinds[k], slot);
+        }
+}
+
+/* ---- life ---------------------------------------------------------------------------------------------------- */
+
+expert_cache *experts_new(expert_layer *layers, uint32_t num_layers, uint32_t num_experts, expert_kind *kinds,
+                          uint32_t num_kinds)
+{
+    expert_cache *cache = calloc(1, sizeof *cache);
+    if (cache == NULL)
+        goto failed;
+    cache->layers = layers;
+    cache->num_layers = num_layers;
+    cache->num_experts = num_experts;
+    cache->kinds = kinds;
+    cache->num_kinds = num_kinds;
+    size_t num_keys = (size_t)num_layers * num_experts, all_slots = 0;
+    cache->slot_of_key = malloc(num_keys * sizeof *cache->slot_of_key);
+    cache->slot_of_expert = malloc(num_experts * sizeof *cache->slot_of_expert);
+    cache->chosen = malloc(num_experts * sizeof *cache->chosen);
+    cache->predicted = calloc(num_experts, sizeof *cache->predicted);
+    cache->predicted_layer = EXPERT_NONE;
+    for (uint32_t k = 0; k < num_kinds; k++) {
+        kinds[k].slots = calloc(kinds[k].num_slots, sizeof *kinds[k].slots);
+        if (kinds[k].slots == NULL)
+            goto failed;
+        for (uint32_t i = 0; i < kinds[k].num_slots; i++)
+            kinds[k].slots[i].key = EXPERT_NONE;
+        kinds[k].num_loose = kinds[k].num_slots;
+        all_slots += kinds[k].num_slots;
+    }
+    size_t requests = (all_slots + num_experts) * EXPERT_MATRICES * 2;
+    if (!cache->slot_of_key || !cache->slot_of_expert || !cache->chosen || !cache->predicted ||
+        !queue_init(&cache->needed, requests) || !queue_init(&cache->guessed, requests))
+        goto failed;
+    for (size_t i = 0; i < num_keys; i++)
+        cache->slot_of_key[i] = EXPERT_NONE;
+    return cache;
+failed:
+    if (cache != NULL) {
+        experts_free(cache);
+    } else {
+        for (uint32_t k = 0; k < num_kinds; k++)
+            policy_free(kinds[k].policy);
+        free(layers);
+        free(kinds);
+    }
+    errno = ENOMEM;
+    return NULL;
+}
+
+void experts_free(expert_cache *cache)
+{
+    if (cache == NULL)
+        return;
+    for (uint32_t k = 0; k < cache->num_kinds; k++) {
+        policy_free(cache->kinds[k].policy);
+        free(cache->kinds[k].slots);
+    }
+    free(cache->layers);
+    free(cache->kinds);
+    free(cache->slot_of_key);
+    free(cache->slot_of_expert);
+    free(cache->chosen);
+    free(cache->predicted);
+    free(cache->needed.entries);
+    free(cache->guessed.entries);
+    free(cache);
+}
