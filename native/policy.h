@@ -5,8 +5,8 @@
    wants some experts: policy_access for each of them, then for each that is absent policy_victim and policy_remove
    where no slot is free, and policy_insert.
 
-   An expert that is read ahead is inserted without an access: "lru", "layers" and "arc" take that as a use, "lfu" and
-   "gdsf" as none. So may_go must keep it until it was used or given up. */
+   An expert that is read ahead is inserted without an access: "lru", "layers" and "arc" take that as a use, the others
+   as none. So may_go must keep it until it was used or given up. */
 #ifndef EDGEINFER_POLICY_H
 #define EDGEINFER_POLICY_H
 
@@ -20,9 +20,9 @@ typedef struct policy policy;
 
 /* Zero or NULL stands for the default. Arrays are copied. */
 typedef struct {
-    double half_life;      /* lfu: a count loses half its weight in this many accesses for each key; see policy_lfu.c */
+    double half_life;      /* lfu: a count loses half its weight in this many accesses for each key; 0: 6 */
     const float *cost;     /* gdsf: seconds (any unit) to read the key again; NULL: all alike */
-    const uint32_t *layer; /* layers: the key's layer */
+    const uint32_t *layer; /* layers needs it: the key's layer */
     uint32_t num_layers;
     double shallow_share; /* layers: share of the slots that the first quarter of the layers keeps */
 } policy_options;

@@ -81,14 +81,25 @@ void heap_remove(policy_heap *heap, uint32_t key)
     move_to_its_place(heap, last);
 }
 
+/* Each key finds its place under those before it. */
+static void build(policy_heap *heap)
+{
+    uint32_t length = heap->length;
+    for (heap->length = 0; heap->length < length;)
+        move_to_its_place(heap, heap->keys[heap->length++]);
+}
+
 void heap_divide_scores(policy_heap *heap, double divisor)
 {
     for (uint32_t key = 0; key < heap->num_keys; key++)
         heap->score[key] /= divisor;
-    /* Scores that have become equal go by the key: build it anew, each key under those before it. */
-    uint32_t length = heap->length;
-    for (heap->length = 0; heap->length < length;)
-        move_to_its_place(heap, heap->keys[heap->length++]);
+    build(heap); /* scores that have become equal go by the key */
+}
+
+void heap_copy_scores(policy_heap *heap, const policy_heap *from)
+{
+    memcpy(heap->score, from->score, heap->num_keys * sizeof *heap->score);
+    build(heap);
 }
 
 /* `lowest` so far, or one under `place`. As deep as the heap is: 24 at most. */

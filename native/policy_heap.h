@@ -21,6 +21,9 @@ void heap_remove(policy_heap *heap, uint32_t key);
 /* Of all keys. The smallest may become equal. */
 void heap_divide_scores(policy_heap *heap, double divisor);
 
+/* From a heap of as many keys. */
+void heap_copy_scores(policy_heap *heap, const policy_heap *from);
+
 /* The key with the lowest score that may go, or POLICY_NONE. Looks at the keys that may not go and lie above it, and at
    their children: a layer's experts, however large the heap is. */
 uint32_t heap_lowest(const policy_heap *heap, bool (*may_go)(uint32_t key, void *data), void *data);

@@ -23,6 +23,6 @@ struct policy {
     const policy_kind *kind;
 };
 
-extern const policy_kind policy_lfu, policy_lru, policy_arc, policy_layers, policy_gdsf;
+extern const policy_kind policy_lrfu, policy_lru, policy_lfu, policy_arc, policy_layers, policy_gdsf;
 
 #endif

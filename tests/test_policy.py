@@ -52,6 +52,8 @@ class PlainLayers(PlainLRU):
 class PlainLFU:
     """Sums the weights of all past uses anew for each decision."""
 
+    half_life = HALF_LIFE
+
     def __init__(self, num_slots):
         self.clock = 0
         self.uses = [[] for _ in range(NUM_KEYS)]
@@ -68,10 +70,48 @@ class PlainLFU:
         self.cached.remove(key)
 
     def count(self, key):
-        return sum(0.5 ** ((self.clock - use) / (HALF_LIFE * NUM_KEYS)) for use in self.uses[key])
+        if self.half_life == 0:
+            return max(self.uses[key], default=-1)
+        return sum(0.5 ** ((self.clock - use) / (self.half_life * NUM_KEYS)) for use in self.uses[key])
 
     def order(self):
         return sorted(self.cached, key=lambda key: (self.count(key), key))
+
+
+class PlainLRFU:
+    """Each half-life counts all uses anew and keeps a shadow as a set; the best of late decides."""
+
+    half_lives = (0, 0.3, 1, 3, 12)
+
+    def __init__(self, num_slots):
+        self.num_slots = num_slots
+        self.judges = [PlainLFU(num_slots) for _ in self.half_lives]
+        for judge, half_life in zip(self.judges, self.half_lives, strict=True):
+            judge.half_life = half_life
+        self.hits = [0.0] * len(self.half_lives)
+        self.leader = 2
+        self.leaders = set()
+        self.cached = set()
+
+    def access(self, key, cached):
+        for n, judge in enumerate(self.judges):
+            judge.access(key, None)
+            hit = key in judge.cached
+            self.hits[n] = self.hits[n] * (1 - np.log(2) / (4 * NUM_KEYS)) + hit
+            if not hit and len(judge.cached) == self.num_slots:
+                judge.remove(judge.order()[0])
+            judge.insert(key)
+        best = max(range(len(self.hits)), key=lambda n: (self.hits[n], n == self.leader, -n))
+        if self.hits[best] > self.hits[self.leader] * 1.003:
+            self.leader = best
+        self.leaders.add(self.leader)
+
+    insert = PlainLFU.insert
+    remove = PlainLFU.remove
+
+    def order(self):
+        judge = self.judges[self.leader]
+        return sorted(self.cached, key=lambda key: (judge.count(key), key))
 
 
 class PlainGDSF:
@@ -153,7 +193,14 @@ class PlainARC:
         return self.t1 + self.t2 if self.t1 and len(self.t1) >= self.p else self.t2 + self.t1
 
 
-PLAIN = {"lru": PlainLRU, "lfu": PlainLFU, "arc": PlainARC, "layers": PlainLayers, "gdsf": PlainGDSF}
+PLAIN = {
+    "lrfu": PlainLRFU,
+    "lru": PlainLRU,
+    "lfu": PlainLFU,
+    "arc": PlainARC,
+    "layers": PlainLayers,
+    "gdsf": PlainGDSF,
+}
 
 
 def make(name, num_slots, num_keys=NUM_KEYS, **options):
@@ -210,6 +257,8 @@ def test_decides_as_the_plain_version(name, num_slots):
             assert policy.victim(cached - {ahead}) == (ahead if ahead in cached else None)
     if name == "arc" and num_slots == 7:
         assert plain.adapted == {"up", "down"}  # the trace did reach both kinds of ghosts
+    if name == "lrfu" and num_slots == 7:
+        assert len(plain.leaders) >= 3
 
 
 @pytest.mark.parametrize("name", sorted(PLAIN))
