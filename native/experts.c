@@ -52,7 +52,7 @@ bool experts_next_chunk(expert_cache *cache, size_t most, pager_chunk *c, bool n
         t->state = TRANSFER_READING;
         *c = (pager_chunk){.source = layer->source[r.matrix], .transfer = t, .total = kind->bytes[r.matrix],
                            .to = t->to + t->issued, .offset = start + t->issued, .length = length, .needed = length,
-                           .slot = slot};
+                           .wanted_offset = start, .wanted_bytes = kind->bytes[r.matrix], .slot = slot};
         t->issued += length;
         slot->in_flight++;
         return true;
@@ -141,19 +141,33 @@ static bool slot_ready(const expert_kind *kind, const expert_slot *slot)
 
 /* ---- selecting ----------------------------------------------------------------------------------------------- */
 
-/* Guesses that reading has not begun with are dropped: what is needed now has told what is right. */
-static void drop_guesses(expert_cache *cache)
+static bool fully_read_or_on_the_way(const expert_kind *kind, const expert_slot *slot)
 {
-    expert_queue *q = &cache->guessed;
-    for (; q->count > 0; q->first = (q->first + 1) % q->capacity, q->count--) {
-        expert_request r = q->entries[q->first];
-        expert_kind *kind = kind_of_key(cache, r.key);
-        expert_slot *slot = &kind->slots[r.slot];
-        /* One that is partly read is no use either; its last piece may still be on the way. */
-        if (slot->key == r.key && slot->guessed && !fully_issued(kind, slot, r.matrix) &&
-            slot->selection != cache->selection)
+    for (uint32_t m = 0; m < kind->num_matrices; m++)
+        if (!fully_issued(kind, slot, m))
+            return false;
+    return true;
+}
+
+/* The layer that was guessed at has chosen. A wrong guess that is read already may stay until its slot is wanted, which
+   is sooner than the policy would say: it must not push out what was used. One that is not is dropped. */
+static void judge_guesses(expert_cache *cache, uint32_t layer)
+{
+    expert_kind *kind = &cache->kinds[cache->layers[layer].kind];
+    for (uint32_t i = 0; i < cache->num_guessed; i++) {
+        expert_slot *slot = &kind->slots[cache->guessed_slots[i]];
+        if (slot->key == EXPERT_NONE || !slot->guessed || slot->selection == cache->selection)
+            continue;
+        if (!fully_read_or_on_the_way(kind, slot)) {
             empty_slot(cache, kind, slot);
+        } else {
+            policy_remove(kind->policy, slot->key);
+            kind->num_loose++;
+            slot->passing = true;
+        }
     }
+    cache->num_guessed = 0;
+    cache->guessed.count = 0; /* what was guessed right is asked for again, as needed */
 }
 
 static void count_wanted(expert_cache *cache, expert_kind *kind, uint32_t key, bool decoding, bool is_predicted_layer)
@@ -230,8 +244,9 @@ bool experts_select(pager *p, uint32_t layer_number, const int32_t *ids, size_t 
     if (is_predicted)
         for (uint32_t e = 0; e < cache->num_experts; e++)
             cache->statistics.predicted += cache->predicted[e];
+    if (cache->predicted_layer != EXPERT_NONE)
+        judge_guesses(cache, cache->predicted_layer);
     cache->predicted_layer = EXPERT_NONE;
-    drop_guesses(cache);
     for (uint32_t e = 0; e < cache->num_experts; e++) {
         if (cache->slot_of_expert[e] == EXPERT_NONE)
             continue;
@@ -329,6 +344,7 @@ void experts_predict(pager *p, uint32_t layer, const uint32_t *experts, size_t n
         return;
     }
     memset(cache->predicted, 0, cache->num_experts * sizeof *cache->predicted);
+    cache->num_guessed = 0;
     cache->predicted_layer = layer;
     bool asked = false;
     /* Those that are here are spared first: another guess must not take their place. */
@@ -347,6 +363,7 @@ void experts_predict(pager *p, uint32_t layer, const uint32_t *experts, size_t n
             break;
         fill_slot(cache, kind, number, key, false);
         kind->slots[number].guessed = true;
+        cache->guessed_slots[cache->num_guessed++] = number;
         cache->statistics.guesses++;
         cache->guesses_judged++;
         for (uint32_t m = 0; m < kind->num_matrices; m++)
@@ -364,13 +381,11 @@ void experts_reset(expert_cache *cache)
     cache->predicted_layer = EXPERT_NONE;
     cache->needed.count = 0;
     cache->guessed.count = 0;
+    cache->num_guessed = 0;
     for (uint32_t k = 0; k < cache->num_kinds; k++)
         for (uint32_t i = 0; i < cache->kinds[k].num_slots; i++) {
             expert_slot *slot = &cache->kinds[k].slots[i];
-            bool issued = true;
-            for (uint32_t m = 0; m < cache->kinds[k].num_matrices; m++)
-                issued = issued && fully_issued(&cache->kinds[k], slot, m);
-            if (slot->key != EXPERT_NONE && !issued)
+            if (slot->key != EXPERT_NONE && !fully_read_or_on_the_way(&cache->kinds[k], slot))
                 empty_slot(cache, &cache->kinds[k], slot);
         }
 }
@@ -393,6 +408,7 @@ expert_cache *experts_new(expert_layer *layers, uint32_t num_layers, uint32_t nu
     cache->slot_of_expert = malloc(num_experts * sizeof *cache->slot_of_expert);
     cache->chosen = malloc(num_experts * sizeof *cache->chosen);
     cache->predicted = calloc(num_experts, sizeof *cache->predicted);
+    cache->guessed_slots = malloc(num_experts * sizeof *cache->guessed_slots);
     cache->predicted_layer = EXPERT_NONE;
     for (uint32_t k = 0; k < num_kinds; k++) {
         kinds[k].slots = calloc(kinds[k].num_slots, sizeof *kinds[k].slots);
@@ -405,6 +421,7 @@ expert_cache *experts_new(expert_layer *layers, uint32_t num_layers, uint32_t nu
     }
     size_t requests = (all_slots + num_experts) * EXPERT_MATRICES * 2;
     if (!cache->slot_of_key || !cache->slot_of_expert || !cache->chosen || !cache->predicted ||
+        !cache->guessed_slots ||
         !queue_init(&cache->needed, requests) || !queue_init(&cache->guessed, requests))
         goto failed;
     for (size_t i = 0; i < num_keys; i++)
@@ -437,6 +454,7 @@ void experts_free(expert_cache *cache)
     free(cache->slot_of_expert);
     free(cache->chosen);
     free(cache->predicted);
+    free(cache->guessed_slots);
     free(cache->needed.entries);
     free(cache->guessed.entries);
     free(cache);

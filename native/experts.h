@@ -80,6 +80,8 @@ typedef struct expert_cache {
     uint32_t predictions_off; /* so many are left out because guessing did not pay */
     uint32_t predicted_layer; /* EXPERT_NONE: no prediction is open */
     bool *predicted;          /* num_experts, of predicted_layer */
+    uint32_t *guessed_slots;  /* of predicted_layer: num_guessed that were read because of it */
+    uint32_t num_guessed;
     expert_statistics statistics;
 } expert_cache;
 

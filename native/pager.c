@@ -136,6 +136,7 @@ static bool next_in_order(pager *p, pager_chunk *c)
         size_t length = piece_bytes(p, b, t);
         *c = (pager_chunk){.source = b->source, .transfer = t, .total = b->span, .to = t->to + t->issued,
                            .offset = offset, .length = length, .resident = b->kind == BLOCK_RESIDENT,
+                           .wanted_offset = b->offset, .wanted_bytes = b->bytes,
                            .needed = offset + length <= end ? length : (size_t)(end - offset)};
         t->issued += length;
         if (t->issued == b->span)
@@ -204,7 +205,7 @@ static void *reading_thread(void *argument)
         if (c.slot != NULL)
             c.slot->in_flight--;
         if (error != 0)
-            pager_fail_read_locked(p, error, c.source, c.offset, c.length);
+            pager_fail_read_locked(p, error, c.source, c.wanted_offset, c.wanted_bytes);
         else
             complete_chunk(p, &c);
     }

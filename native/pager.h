@@ -41,6 +41,7 @@ typedef struct {
     uint8_t *to;
     uint64_t offset;
     size_t length, needed; /* the rest may lie past the end of the file */
+    uint64_t wanted_offset, wanted_bytes; /* what it is a piece of, for messages */
     bool resident;
     struct expert_slot *slot; /* NULL: not of an expert */
 } pager_chunk;

@@ -344,7 +344,7 @@ def test_what_cannot_be_bound(model):
     pager = model.paged.pager
     with pytest.raises(IndexError, match="expected a block below 4, got 4"):
         model.hook.bind(pager, [(1, 2, 4, True, False)])
-    with pytest.raises(TypeError, match=r"expected a tuple \(tensor, home, block, streamed, rows\), got int"):
+    with pytest.raises(TypeError, match=r"expected a tuple \(tensor, home, block, streamed, rows, layer of experts, matrix\), got int"):
         model.hook.bind(pager, [7])
     with pytest.raises(OverflowError):
         model.hook.bind(pager, [(2**64, 2, 1, True, False)])
