@@ -16,8 +16,8 @@ MODEL = ROOT / "models" / "story.gguf"
 DATA = os.environ.get("EDGEINFER_TEST_DATA")
 needs_texts = pytest.mark.skipif(not DATA, reason="EDGEINFER_TEST_DATA (the training texts) is not set")
 
-# Nats a token on the held-out stories; measured with PyTorch: see models/story.md.
-LARGEST_HELD_OUT_LOSS = 2.7
+# Nats a token on every fourth held-out story; measured: 2.564 (on all of them: 2.502).
+LARGEST_HELD_OUT_LOSS = 2.6
 
 
 @pytest.fixture(scope="module")
