@@ -21,7 +21,7 @@ import gguf
 import numpy as np
 
 from benchmarks.architecture import Architecture, Tensor, architecture_names, read_architecture
-from benchmarks.routing import gate_rows
+from benchmarks.routing import ROUTINGS, gate_rows, norm_weights, residual_gain
 from benchmarks.sizes import fit
 from benchmarks.vocabulary import BEGIN, END, NUM_SPECIAL, UNKNOWN, make_vocabulary
 from benchmarks.weights import RandomStream, random_rows
@@ -34,7 +34,6 @@ FILE_TYPES = {  # what general.file_type says
     "F16": gguf.LlamaFileType.MOSTLY_F16,
     "F32": gguf.LlamaFileType.ALL_F32,
 }
-ROUTINGS = ("spread", "skewed")
 # Special tokens and bytes get small output rows: greedy text has no early end and is valid UTF-8
 SPECIAL_GAIN = 1 / 16
 
@@ -117,13 +116,13 @@ def _tensor_chunks(tensor: Tensor, recipe: Recipe) -> Iterator[np.ndarray]:
     length, rows = tensor.shape[0], tensor.num_rows
     used = recipe.dimensions["experts_used"]
     if tensor.kind == "norm":
-        yield (1 + 0.1 * stream.normal(length)).astype(np.float32)
+        yield norm_weights(stream, tensor.name, length, recipe.routing)
     elif tensor.kind == "bias":
         yield np.float32(0.1 * tensor.gain) * stream.normal(length * rows)
     elif tensor.kind == "gate":
         yield gate_rows(stream, length, rows, used, recipe.routing)
     else:
-        std = tensor.gain / length**0.5
+        std = tensor.gain * residual_gain(tensor.name, recipe.routing) / length**0.5
         if tensor.kind == "expert_output":  # so that their average is as large as a dense layer's output
             std *= used**0.5
         if tensor.kind == "embedding" and not recipe.tied:

@@ -268,12 +268,57 @@ def test_routing_is_spread_or_skewed(models, arch):
     assert len(set(favourites)) > 1, "the same expert is the favourite of every layer"
 
 
+class GateInputs:
+    """Keeps each layer's gate input, float32 [tokens, embedding], by llama.cpp's graph callback."""
+
+    def __init__(self, shape):
+        self.ggml = ChosenExperts(0, 0).ggml
+        self.shape, self.layers = shape, {}
+
+    def __call__(self, tensor, ask, _):
+        name = self.ggml.ggml_get_name(tensor).decode()
+        wanted = name.startswith("ffn_norm-") and name[9:].isdigit()  # not what is reshaped out of it
+        if wanted and not ask:
+            values = np.empty(self.shape, np.float32)
+            self.ggml.ggml_backend_tensor_get(tensor, values.ctypes.data, 0, values.nbytes)
+            self.layers[int(name[9:])] = values
+        return True if not ask else wanted
+
+
+def cross_layer_recall(path, used):
+    """Share of the experts of each layer from the second that its gate finds in the gate input of the layer before."""
+    tokens = np.random.default_rng(0).integers(259, 4096, 100).tolist()
+    inputs = GateInputs((len(tokens), 512))
+    with Stock(path, on_node=inputs) as stock:
+        stock.logits(tokens)
+    tensors = {tensor.name: tensor.data for tensor in gguf.GGUFReader(path).tensors}
+    recalls = []
+    for layer in range(1, len(inputs.layers)):
+        gate = tensors[f"blk.{layer}.ffn_gate_inp.weight"]
+        scores = [inputs.layers[source] @ gate.T for source in (layer - 1, layer)]
+        predicted, chosen = ([set(row[-used:]) for row in np.argsort(one)] for one in scores)
+        recalls.append(np.mean([len(one & other) for one, other in zip(predicted, chosen)]) / used)
+    return recalls
+
+
+@pytest.mark.parametrize("routing, low, high", [("predictable", 0.8, 0.9), ("unpredictable", 0.08, 0.17)])
+def test_routing_that_can_or_cannot_be_told_from_the_layer_before(models, routing, low, high):
+    experts, used = 64, 8
+    options = {"experts": experts, "experts_used": used, "vocabulary": 4096, "layers": 12, "ffn": 64}
+    path = tiny_model(models, "mixtral", "Q8_0", routing=routing, embedding=512, **options)
+    recalls = cross_layer_recall(path, used)
+    assert len(recalls) == 11
+    assert low < np.mean(recalls) < high
+    shares, _ = measured_shares(path, experts, used)
+    assert shares.max() < 0.3 and shares.min() > 0.03
+
+
 @pytest.mark.parametrize(
     "options, words",
     [
         ({"arch": "lama"}, "expected an architecture out of deepseek2, .*found 'lama'"),
         ({"type": "Q5_0"}, "expected a type out of Q4_0, .*found 'Q5_0'"),
-        ({"routing": "zipf"}, "expected a routing out of spread, skewed, found 'zipf'"),
+        ({"routing": "zipf"}, "expected a routing out of spread, skewed, .*found 'zipf'"),
         ({"alignment": 48}, "power of two from 8, found 48"),
         ({"experts": 8}, "expected no experts for llama"),
         ({"vocabulary": 300}, "vocabulary of 354 to 2,000,000 tokens, found 300"),
