@@ -30,6 +30,10 @@ class Stats:
     disk_bytes_per_second: float | None = None  # while reading; None: nothing was read
     disk_wait_fraction: float = 0.0  # of the time after the first token
     mode: str = "in-memory"  # or "streaming"
+    # Of a cache of experts, while decoding; None without one.
+    expert_hit_rate: float | None = None  # in memory when they were wanted
+    prediction_precision: float | None = None  # predicted experts that were wanted
+    prediction_recall: float | None = None  # wanted experts that were predicted, where there was a prediction
 
 
 def load(
@@ -209,6 +213,7 @@ class Model:
             disk_bytes_per_second=now.disk_bytes_per_second,
             disk_wait_fraction=min(1.0, max(0.0, waited)),
             mode=self.engine.mode,
+            **_expert_rates(first.experts if first else None, now.experts),
         )
 
     def close(self) -> None:
@@ -222,6 +227,22 @@ class Model:
 
     def __exit__(self, *_exc: object) -> None:
         self.close()
+
+
+def _expert_rates(before: Any, now: Any) -> dict[str, float]:
+    """Rates of what happened between two counts of the cache of experts; none where nothing was counted."""
+    if before is None or now is None:
+        return {}
+
+    def rate(part: str, whole: str) -> float | None:
+        total = getattr(now, whole) - getattr(before, whole)
+        return (getattr(now, part) - getattr(before, part)) / total if total else None
+
+    return {
+        "expert_hit_rate": rate("hits", "wanted"),
+        "prediction_precision": rate("predicted_right", "predicted"),
+        "prediction_recall": rate("predicted_right", "predicted_wanted"),
+    }
 
 
 def _check_options(max_tokens: int | None, temperature: float, top_p: float, seed: int | None) -> None:

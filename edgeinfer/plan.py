@@ -15,7 +15,7 @@ from edgeinfer.budget import Ledger, format_size
 from edgeinfer.errors import BudgetError
 
 MIB = 1 << 20
-DEFAULT_POLICY = "lru"
+DEFAULT_POLICY = "lrfu"  # by replaying recorded routing: see docs/benchmarks.md
 SMALL_BYTES = 256 << 10  # norms, biases, gates: streaming them would cost more waits than it saves bytes
 READ_AHEAD_BYTES = 28 * MIB  # measured: less lets the disk stand still when it is about as fast as the computing
 
@@ -156,10 +156,12 @@ def make_plan(
     can_be_rows: frozenset[str] = frozenset(),
     experts_used: int = 0,
     ubatch: int = 512,
+    pooled: bool = False,
 ) -> Plan:
     """The plan that streams least under `budget_bytes`; `overhead`: ledger entries of all that is not weights.
 
-    Raises BudgetError, with the smallest budget that works, when even streaming everything that can be does not fit.
+    `experts_used` by a token, and `ubatch` tokens in a pass, size the cache of experts, which `pooled` asks for even
+    where all would fit. Raises BudgetError, with the smallest budget that works, when even streaming everything that can be does not fit.
     """
     sizes = {use.name: use.nbytes for use in uses}
     rows = frozenset(
@@ -168,7 +170,7 @@ def make_plan(
     products = [use for use in uses if not use.rows or use.name not in rows]
     capacity = budget_bytes - sum(overhead.values())
     pools = None
-    if sum(sizes[name] for name in {use.name for use in products}) > capacity:
+    if pooled or sum(sizes[name] for name in {use.name for use in products}) > capacity:
         pools = plan_pools(products, capacity, experts_used, ubatch)
     if pools is not None:
         products = [use for use in products if use.name not in pools.names]

@@ -181,6 +181,7 @@ static void count_wanted(expert_cache *cache, expert_kind *kind, uint32_t key, b
         return;
     }
     s->wanted++;
+    s->predicted_wanted += is_predicted_layer;
     if (is_predicted_layer)
         s->predicted_right += cache->predicted[key % cache->num_experts];
     if (slot == NULL)

@@ -51,6 +51,7 @@ typedef struct {
     uint64_t guesses_used;
     uint64_t predicted;   /* all predicted experts of layers that were then decoded, in the cache or not */
     uint64_t predicted_right;
+    uint64_t predicted_wanted; /* experts that those layers wanted */
     uint64_t prefill_wanted, prefill_hits;
 } expert_statistics;
 

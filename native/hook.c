@@ -140,7 +140,10 @@ static void predict_next(hook *h, const ggml_view *node, uint32_t layer)
     if (h->gates == NULL || next >= h->num_gates || h->gates[next].weights == NULL || node->src[2]->ne[1] != 1 ||
         input->ne[0] != h->gates[next].width || input->ne[1] * input->ne[2] != 1)
         return;
-    predict_by_gate(&h->gates[next], input->data, h->gate_values, h->guesses, h->num_guesses);
+    const expert_gate *gate = &h->gates[next];
+    uint32_t ranked = h->log.on && 2 * h->num_guesses <= gate->num_experts ? 2 * h->num_guesses : h->num_guesses;
+    predict_by_gate(gate, input->data, h->gate_values, h->guesses, ranked);
+    routing_log_add(&h->log, ROUTING_PREDICTION, next, 1, ranked, (const int32_t *)h->guesses);
     experts_predict(h->pager, next, h->guesses, h->num_guesses);
 }
 
@@ -180,6 +183,7 @@ static bool select_experts(hook *h, ggml_view *node, const hook_weight *weight)
         h->shadow.src[i] = NULL;
     h->ids = ids;
     h->selected_layer = weight->layer;
+    routing_log_add(&h->log, ROUTING_CHOICE, weight->layer, (size_t)ids->ne[1], (size_t)ids->ne[0], h->chosen);
     predict_next(h, node, weight->layer);
     return true;
 }
@@ -291,6 +295,7 @@ void hook_begin_pass(hook *h)
     h->ids = NULL;
     h->too_many_experts = false;
     h->pass_starts = true;
+    routing_log_begin_pass(&h->log);
     h->nodes = 0;
     h->recordings += h->recording;
 }
@@ -300,6 +305,8 @@ void hook_end_pass(hook *h)
     if (h->silenced != NULL)
         h->silenced->op = h->silenced_op;
     h->silenced = NULL;
+    if (h->pager != NULL && pager_halted(h->pager))
+        routing_log_drop_pass(&h->log);
     if (h->pager != NULL)
         give_back(h);
 }
@@ -385,6 +392,7 @@ int hook_set_gates(hook *h, const expert_gate *gates, uint32_t num_gates, uint32
 
 void hook_clear(hook *h)
 {
+    routing_log_clear(&h->log);
     free(h->gates);
     free(h->gate_values);
     free(h->guesses);

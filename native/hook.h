@@ -14,6 +14,7 @@
 #include "ggml_view.h"
 #include "pager.h"
 #include "predict_gate.h"
+#include "routing_log.h"
 
 /* A weight tensor of the model and its block. */
 typedef struct {
@@ -81,6 +82,7 @@ typedef struct {
     uint32_t num_gates, num_guesses;
     float *gate_values;
     uint32_t *guesses;
+    routing_log log;
 
     /* A node that must not be computed: its operation is taken away until the next pass. */
     ggml_view *silenced;

@@ -116,8 +116,9 @@ PyObject *describe_expert_statistics(pager *p)
     pthread_mutex_lock(&p->lock);
     expert_statistics s = p->experts->statistics;
     pthread_mutex_unlock(&p->lock);
-    return Py_BuildValue("{sKsKsKsKsKsKsKsKsK}", "wanted", s.wanted, "hits", s.hits, "guess_hits", s.guess_hits,
+    return Py_BuildValue("{sKsKsKsKsKsKsKsKsKsK}", "wanted", s.wanted, "hits", s.hits, "guess_hits", s.guess_hits,
                          "guesses", s.guesses, "guesses_used", s.guesses_used, "predicted", s.predicted,
-                         "predicted_right", s.predicted_right, "prefill_wanted", s.prefill_wanted, "prefill_hits",
+                         "predicted_right", s.predicted_right,
+                         "predicted_wanted", s.predicted_wanted, "prefill_wanted", s.prefill_wanted, "prefill_hits",
                          s.prefill_hits);
 }

@@ -241,6 +241,29 @@ static PyObject *py_hook_set_gates(PyObject *object, PyObject *args)
     Py_RETURN_NONE;
 }
 
+static PyObject *py_hook_log_routing(PyObject *object, PyObject *argument)
+{
+    int on = PyObject_IsTrue(argument);
+    if (on < 0)
+        return NULL;
+    ((hook_object *)object)->hook.log.on = on != 0;
+    Py_RETURN_NONE;
+}
+
+/* The numbers as bytes; the log is empty then. */
+static PyObject *py_hook_take_routing(PyObject *object, PyObject *unused)
+{
+    (void)unused;
+    routing_log *log = &((hook_object *)object)->hook.log;
+    if (log->out_of_memory)
+        return PyErr_NoMemory();
+    PyObject *numbers = PyBytes_FromStringAndSize((const char *)log->numbers,
+                                                  (Py_ssize_t)(log->count * sizeof *log->numbers));
+    if (numbers != NULL)
+        log->count = log->pass_start = 0;
+    return numbers;
+}
+
 static PyObject *py_hook_too_many_experts(PyObject *object, void *closure)
 {
     (void)closure;
@@ -287,6 +310,8 @@ static PyMethodDef hook_methods[] = {
      "bind(pager, weights): (tensor, home, block or -1, streamed, rows) for each weight."},
     {"set_gates", py_hook_set_gates, METH_VARARGS,
      "set_gates([(weights address or 0, bias address or 0, width, experts)], guesses): predict the next layer's experts."},
+    {"log_routing", py_hook_log_routing, METH_O, "True: record what routers choose; see routing_log.h."},
+    {"take_routing", py_hook_take_routing, METH_NOARGS, "The int32 numbers recorded so far, as bytes, between passes."},
     {"unbind", py_hook_unbind, METH_NOARGS, "Forget the pager."},
     {"begin_pass", py_hook_begin_pass, METH_NOARGS, "Before llama_decode."},
     {"end_pass", py_hook_end_pass, METH_NOARGS, "After llama_decode, however it ended."},

@@ -10,7 +10,7 @@ from edgeinfer.engines.llama import LlamaContext, LlamaModel
 
 def statistics(**values):
     names = "load_seconds resident_bytes streamed_bytes wait_seconds disk_bytes_per_second passes"
-    defaults = {**dict.fromkeys(names.split(), 0), "budget_bytes": 1 << 30, "peak_memory_bytes": 1 << 20}
+    defaults = {**dict.fromkeys(names.split(), 0), "budget_bytes": 1 << 30, "experts": None, "peak_memory_bytes": 1 << 20}
     return SimpleNamespace(**{**defaults, **values})
 
 

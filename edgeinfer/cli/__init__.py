@@ -6,16 +6,20 @@ Exit codes: 0 done (also when the reader of a pipe has seen enough), 1 an error 
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import sys
+from typing import TextIO
 
 import click
 
 from edgeinfer import __version__
 from edgeinfer.errors import EdgeInferError
 
-COMMANDS = ("run", "plan", "inspect")
+COMMANDS = ("run", "plan", "inspect", "trace", "replay")
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class _Commands(click.Group):
@@ -36,6 +40,8 @@ class _Commands(click.Group):
             return None
 
     def invoke(self, ctx: click.Context) -> object:
+        if sys.stdout is None:
+            raise click.ClickException("Standard output is closed, so nothing can be shown. Open it.")
         try:
             result = super().invoke(ctx)
             sys.stdout.flush()
@@ -46,15 +52,22 @@ class _Commands(click.Group):
             click.echo(err=True)
             ctx.exit(130)
         except BrokenPipeError:
-            _silence_output()
+            _silence(sys.stdout, sys.stderr)
             ctx.exit(0)
+        except OSError as error:
+            if error.errno not in _NO_ROOM:  # output is all that a command writes
+                raise
+            _silence(sys.stdout)
+            raise click.ClickException(
+                f"The output could not be written: {error.strerror}. Make room, or send it elsewhere."
+            ) from error
 
 
-def _silence_output() -> None:
-    """Python flushes once more when it ends; let that go nowhere instead of into the closed pipe."""
+def _silence(*streams: TextIO) -> None:
+    """Python flushes once more when it ends; let that go nowhere, not to where nothing can be written."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, sys.stdout.fileno())
-    os.dup2(nowhere, sys.stderr.fileno())
+    for stream in streams:
+        os.dup2(nowhere, stream.fileno())
     os.close(nowhere)
 
 
@@ -70,6 +83,8 @@ def cli() -> None:
 
 def main() -> None:
     """Entry point of the `edgeinfer` command."""
+    if sys.stderr is None:  # closed by whoever started this: messages go nowhere
+        sys.stderr = open(os.devnull, "w")
     # A terminal that cannot show a character gets "?" instead of a traceback.
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):

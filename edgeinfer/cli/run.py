@@ -19,6 +19,13 @@ from edgeinfer.errors import PromptError
 from edgeinfer.system import streaming_support
 
 
+EXPERT_RATES = {
+    "expert_hit_rate": "experts found in memory",
+    "prediction_precision": "prediction precision",
+    "prediction_recall": "recall",
+}
+
+
 def _finite(_ctx: click.Context, _param: click.Parameter, value: float) -> float:
     if not math.isfinite(value):
         raise click.BadParameter(f"{value} is not a finite number.")
@@ -130,12 +137,18 @@ def _write(model: edgeinfer.Model, prompt: str, options: dict[str, Any], as_json
                     sys.stdout.write(piece)
                     sys.stdout.flush()
     if as_json:
-        click.echo(json.dumps(asdict(model.stats)))
+        click.echo(json.dumps(_facts(model.stats)))
         return
     click.echo()
     if model.finish == "context":
         click.echo(f"The context of {model.context_length:,} tokens is full; --ctx sets its size.", err=True)
     click.echo(closing_line(model.stats), err=True)
+
+
+def _facts(stats: edgeinfer.Stats) -> dict[str, Any]:
+    """What --json prints: the numbers of experts only for a model that keeps a cache of them."""
+    facts = asdict(stats)
+    return {name: value for name, value in facts.items() if name not in EXPERT_RATES or value is not None}
 
 
 def closing_line(stats: edgeinfer.Stats) -> str:
@@ -151,4 +164,7 @@ def closing_line(stats: edgeinfer.Stats) -> str:
     )
     parts.append(f"{format_size(round(stats.streamed_bytes_per_token))} read per token")
     parts.append(f"{stats.disk_wait_fraction:.0%} of the time waiting for the disk")
+    for name, label in EXPERT_RATES.items():
+        if getattr(stats, name) is not None:
+            parts.append(f"{label} {getattr(stats, name):.0%}")
     return ", ".join(parts)

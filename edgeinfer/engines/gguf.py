@@ -11,15 +11,30 @@ from typing import TYPE_CHECKING
 
 from edgeinfer.budget import process_memory
 from edgeinfer.engines.llama import DecodeAborted, LlamaContext, LlamaModel, Sampler
-from edgeinfer.errors import EngineError
+from edgeinfer.errors import EngineError, TraceError
 from edgeinfer.plan import Plan
 
 if TYPE_CHECKING:
     from edgeinfer.engines.paging import PagedModel
+    from edgeinfer.experts.trace import Trace
 
 POLL_SECONDS = 0.2
 
 PassProgress = Callable[[int, int, float], None]
+
+
+@dataclass(frozen=True)
+class ExpertCounts:
+    """What decoding asked of the cache of experts, since the model was loaded. See native/experts.h."""
+
+    wanted: int
+    hits: int
+    guess_hits: int
+    guesses: int
+    guesses_used: int
+    predicted: int
+    predicted_right: int
+    predicted_wanted: int
 
 
 @dataclass(frozen=True)
@@ -34,6 +49,7 @@ class EngineStatistics:
     passes: int
     budget_bytes: int
     peak_memory_bytes: int
+    experts: ExpertCounts | None = None  # None: no cache of experts
 
 
 class TooManyExperts(EngineError):
@@ -183,11 +199,26 @@ class GGUFEngine:
             passes=counters.get("passes", 0),
             budget_bytes=self.plan.budget_bytes,
             peak_memory_bytes=process_memory().peak_rss_bytes,
+            experts=self._expert_counts(),
         )
+
+    def _expert_counts(self) -> ExpertCounts | None:
+        found = self.expert_statistics()
+        return ExpertCounts(**{field: found[field] for field in ExpertCounts.__annotations__}) if found else None
 
     def expert_statistics(self) -> dict[str, int]:
         """Counters of the cache of experts; {} without one. See native/experts.h."""
         return self._paged.expert_statistics() if self._paged is not None else {}
+
+    def take_trace(self, prompt_tokens: int) -> Trace:
+        """The experts chosen for the sequence so far, whose first `prompt_tokens` were a prompt; TraceError for none."""
+        from edgeinfer.experts.record import make_trace
+
+        pools = self.plan.pools
+        if pools is None:
+            raise TraceError("Nothing was recorded: the model was not opened with record_routing.")
+        log = self._paged.hook.take_routing()
+        return make_trace(self._paged.file, pools.layers, pools.num_experts, log, prompt_tokens)
 
     def close(self) -> None:
         self._worker.shutdown()

@@ -16,7 +16,7 @@ from edgeinfer.plan import Plan
 
 def plan_if_it_fits(file: ModelFile, plan: Plan) -> Plan | None:
     """The stock plan, where all weights fit together with what loading them takes on top; otherwise None."""
-    if plan.streamed:
+    if plan.streamed or plan.pools:
         return None
     entries = dict(plan.ledger.entries, resident_weights=file.weights_bytes, row_buffer=0)
     # A weight is read into an aligned buffer, copied, and repacked from the copy.

@@ -25,7 +25,8 @@ def compute_bytes_per_second(
     Measuring holds a matrix of at most `room_bytes`.
     """
     key = f"compute {processor()} llama-cpp-python {llama_cpp.__version__} {weight_type} {threads} threads"
-    return float(remembered(key, lambda: measure(weight_type, threads, min(room_bytes, _MATRIX_BYTES)), again))
+    room = min(room_bytes, _MATRIX_BYTES)
+    return remembered(key, lambda: measure(weight_type, threads, room), again, kind=float)
 
 
 def processor() -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -15,9 +16,11 @@ from collections.abc import Callable, Sequence
 import llama_cpp
 import numpy as np
 
-from edgeinfer.errors import EngineError, PromptError
+from edgeinfer.errors import EdgeInferError, EngineError, ModelFileError, PromptError
 
 _LOG_LEVEL_ERROR = 4  # enum ggml_log_level
+_LOAD_FAILURE = re.compile(r"error loading model: ([^;]*)")
+_UNKNOWN_ARCHITECTURE = re.compile(r"unknown model architecture: ('[^;]*')")
 
 _errors: deque[str] = deque(maxlen=5)
 _log: deque[str] = deque(maxlen=100)
@@ -56,6 +59,23 @@ def recent_log() -> list[str]:
 
 def _reason() -> str:
     return "; ".join(_errors) or "it gave no reason"
+
+
+def _load_error(path: str | os.PathLike) -> EdgeInferError:
+    """What llama.cpp said while it could not load a model, and what can be done about it."""
+    version = f"llama-cpp-python {llama_cpp.__version__}"
+    reason = _reason()
+    if match := _UNKNOWN_ARCHITECTURE.search(reason):
+        return ModelFileError(
+            f"{path}: its architecture {match[1]} is not one that llama.cpp knows ({version} is installed). "
+            "Give another model, or install a newer edgeinfer and llama-cpp-python."
+        )
+    if match := _LOAD_FAILURE.search(reason):
+        reason = match[1]
+    return EngineError(
+        f"llama.cpp could not load {path}: {reason}. If the file is whole, it may need another llama.cpp than "
+        f"that of {version}: convert it again, or give another model."
+    )
 
 
 class _BufferTypeOverride(ctypes.Structure):
@@ -104,7 +124,7 @@ class LlamaModel:
         self.path = os.fspath(path)
         self.handle = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
         if not self.handle:
-            raise EngineError(f"llama.cpp could not load {self.path}: {_reason()}")
+            raise _load_error(self.path)
         self.vocab = llama_cpp.llama_model_get_vocab(self.handle)
 
     @property

@@ -38,11 +38,12 @@ def open_engine(
     context_length: int | None = None,
     threads: int | None = None,
     progress: Callable[[float], None] | None = None,
+    record_routing: bool = False,
 ) -> GGUFEngine:
     """Load the model at `path` so that the process stays within `memory` (bytes or "2GiB"; None: see default_budget).
 
-    `context_length` in tokens (None: 4096, or what the model was trained with if that is less). Raises
-    ModelFileError, BudgetError, EngineError.
+    `context_length` in tokens (None: 4096, or what the model was trained with if that is less). `record_routing`: log
+    the experts that are chosen, for `GGUFEngine.take_trace`. Raises ModelFileError, BudgetError, EngineError.
     """
     started = time.perf_counter()
     threads = threads or default_threads()
@@ -51,9 +52,11 @@ def open_engine(
         return _in_memory(file, inmemory.plan_without_streaming(file, budget), length, threads, started, progress)
     prepared = Prepared(file, context_length=length, threads=threads)
     try:
-        plan = prepared.plan(budget)
+        plan = prepared.plan(budget, pooled=record_routing)
+        if record_routing and plan.pools is None:
+            raise EngineError(f"{file.paths[0]} has no experts whose use could be recorded. Give a mixture of experts.")
         if plan.mode == "streaming":
-            return prepared.start(plan, started)
+            return prepared.start(plan, started, record_routing)
     except BaseException:
         prepared.close()
         raise
@@ -109,9 +112,9 @@ class Prepared:
             self.close()
             raise
 
-    def plan(self, budget_bytes: int) -> Plan:
+    def plan(self, budget_bytes: int, pooled: bool = False) -> Plan:
         """The best plan under the budget: stock llama.cpp where it fits, else streaming. Raises BudgetError."""
-        plan = self._make_plan(budget_bytes)
+        plan = self._make_plan(budget_bytes, pooled)
         return inmemory.plan_if_it_fits(self.file, plan) or plan
 
     def smallest_budget(self) -> int:
@@ -122,13 +125,14 @@ class Prepared:
             return error.smallest_bytes
         raise EngineError("A model that needs no memory cannot be planned.")
 
-    def _make_plan(self, budget_bytes: int) -> Plan:
+    def _make_plan(self, budget_bytes: int, pooled: bool = False) -> Plan:
         used = self.file.num_experts_used
-        return make_plan(self.uses, budget_bytes, self.overhead, TOKEN_TABLES, used, self.context.ubatch)
+        return make_plan(self.uses, budget_bytes, self.overhead, TOKEN_TABLES, used, self.context.ubatch, pooled)
 
-    def start(self, plan: Plan, started: float | None = None) -> GGUFEngine:
+    def start(self, plan: Plan, started: float | None = None, record_routing: bool = False) -> GGUFEngine:
         """Begin reading as `plan` says."""
         self.paged.arm(plan, self.uses)
+        self.paged.hook.log_routing(record_routing)
         return GGUFEngine(
             plan, self.paged.model, self.context, self.paged, self.paged.hook, started or time.perf_counter()
         )

@@ -20,6 +20,7 @@ _FLOATS = ("F16", "BF16", "F32")
 #: What Python itself holds differs from run to run.
 _RUN_TO_RUN = 3 * _MIB
 _CONTEXT_STEP = 256
+_LARGEST_TRIAL_BYTES = 1 << 30
 _COMPUTE_BUFFER = re.compile(r"compute buffer size\s*=\s*([0-9.]+) MiB")
 
 
@@ -121,22 +122,28 @@ def check_kv_cache_fits(
 
 
 def _largest_context(
-    budget_bytes: int, per_token: float, smallest_budget: Callable[[int], int]
+    budget_bytes: int, kv_per_token: float, smallest_budget: Callable[[int], int]
 ) -> tuple[int, int]:
     """(tokens, bytes of the smallest budget for them) of about the largest context that works; 0 tokens: none.
 
-    Compute buffers grow with the context too, so what was guessed is tried, and guessed again from that.
+    Compute buffers grow with the context too, so a small one shows what a token really takes, and what is guessed
+    from that is tried. Every trial holds its KV cache: one of more than a GiB is named untried, with more to spare.
     """
-    fits, smallest = _CONTEXT_STEP, smallest_budget(_CONTEXT_STEP)
+    fits, smallest, per_token = _CONTEXT_STEP, smallest_budget(_CONTEXT_STEP), kv_per_token
     if smallest > budget_bytes:
         return 0, smallest
-    for _ in range(3):
-        tokens = fits + int((budget_bytes - smallest) / per_token) // _CONTEXT_STEP * _CONTEXT_STEP
-        if tokens == fits:
+    for share in (0.25, 0.97, 0.95, 0.9, 0.8):
+        tokens = fits + int(share * (budget_bytes - smallest) / per_token) // _CONTEXT_STEP * _CONTEXT_STEP
+        if tokens * kv_per_token > _LARGEST_TRIAL_BYTES:
+            if share > 0.25:
+                return fits + int((tokens - fits) * 0.95) // _CONTEXT_STEP * _CONTEXT_STEP, smallest
+            tokens = int(_LARGEST_TRIAL_BYTES / kv_per_token) // _CONTEXT_STEP * _CONTEXT_STEP
+        if tokens <= fits:
             break
         tried = smallest_budget(tokens)
+        per_token = max(kv_per_token, (tried - smallest) / (tokens - fits))
         if tried <= budget_bytes:
             fits, smallest = tokens, tried
-        else:
-            per_token = (tried - smallest) / (tokens - fits)
+            if share > 0.25:
+                break
     return fits, smallest

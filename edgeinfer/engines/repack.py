@@ -62,7 +62,7 @@ def _pattern(names: list[str]) -> str:
 def runs_here(name: str, types: list[str]) -> dict[str, bool]:
     """Type -> whether repacking it by the way `name` gives right products on this processor; tried once, remembered."""
     key = f"repack {name} {processor()} llama-cpp-python {llama_cpp.__version__} {' '.join(types)}"
-    return remembered(key, lambda: _try_in_child(name, types))
+    return remembered(key, lambda: _try_in_child(name, types), kind=dict)
 
 
 def _try_in_child(name: str, types: list[str]) -> dict[str, bool]:
