@@ -17,7 +17,14 @@ import click
 from edgeinfer import __version__
 from edgeinfer.errors import EdgeInferError
 
-COMMANDS = ("run", "plan", "inspect", "trace", "replay")
+#: Name -> what the list of commands says, so that showing the list imports none of them.
+COMMANDS = {
+    "run": "Let a GGUF model write, or chat, within a memory budget.",
+    "plan": "Show where each part of a model goes, and how fast that is.",
+    "inspect": "Show what is in a GGUF model file.",
+    "trace": "Record which experts a mixture-of-experts model uses.",
+    "replay": "Judge cache policies and predictors by a recorded trace.",
+}
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -27,6 +34,10 @@ class _Commands(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name not in COMMANDS:
