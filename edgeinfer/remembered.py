@@ -7,23 +7,28 @@ import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+Value = TypeVar("Value")
 
 
 def cache_folder() -> Path:
     """Where edgeinfer keeps what it can make again: $XDG_CACHE_HOME/edgeinfer or ~/.cache/edgeinfer."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "edgeinfer"
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "edgeinfer"
 
 
-def remembered(key: str, measure: Callable[[], Any], again: bool = False) -> Any:
-    """The value (JSON) kept under `key`; measured and kept where there is none, or `again`.
+def remembered(key: str, measure: Callable[[], Value], again: bool = False, kind: type = object) -> Value:
+    """The value (JSON) kept under `key`; measured and kept where there is none of this `kind`, or `again`.
 
     A cache that cannot be read or written costs time, nothing else.
     """
-    path = cache_folder() / "measured.json"
+    try:
+        path = cache_folder() / "measured.json"
+    except RuntimeError:  # a user without a home folder, as containers have
+        return measure()
     values = _read(path)
-    if key in values and not again:
+    if key in values and isinstance(values[key], kind) and not again:
         return values[key]
     value = measure()
     _write(path, {**_read(path), key: value})

@@ -19,7 +19,7 @@ def disk_bytes_per_second(path: str | os.PathLike, again: bool = False) -> float
     `again` measures anew: a disk may be busy, a laptop may save power.
     """
     device = os.stat(path).st_dev
-    return float(remembered(f"disk {device}", lambda: measure(path), again))
+    return remembered(f"disk {device}", lambda: measure(path), again, kind=float)
 
 
 def measure(path: str | os.PathLike, seconds: float = MEASURE_SECONDS) -> float:

@@ -46,3 +46,25 @@ def test_a_damaged_or_unwritable_cache_only_costs_the_measurement(cache):
     assert remembered("key", lambda: 3) == 3
     assert remembered("key", lambda: 4) == 4
     assert not [path for path in cache_folder().iterdir() if path != cache]
+
+
+def test_a_value_of_another_kind_is_measured_again(cache):
+    cache.parent.mkdir(parents=True)
+    cache.write_text('{"speed": "fast", "ways": [1]}')
+    assert remembered("speed", lambda: 2.5, kind=float) == 2.5
+    assert remembered("ways", lambda: {"a": True}, kind=dict) == {"a": True}
+    assert json.loads(cache.read_text()) == {"speed": 2.5, "ways": {"a": True}}
+
+
+def test_a_user_without_a_home_folder_measures_each_time(monkeypatch):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr("pathlib.Path.home", no_home)
+    assert [remembered("key", lambda: number) for number in (1, 2)] == [1, 2]
+
+
+def test_a_relative_cache_folder_is_not_used(monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", "here")
+    assert cache_folder().is_absolute()
