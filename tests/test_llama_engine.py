@@ -9,9 +9,10 @@ import llama_cpp
 import numpy as np
 import psutil
 import pytest
+from tiny import tiny_model
 
 from edgeinfer.engines.llama import DecodeAborted, LlamaContext, LlamaModel, Sampler
-from edgeinfer.errors import EngineError, PromptError
+from edgeinfer.errors import EngineError, ModelFileError, PromptError
 
 DATA = os.environ.get("EDGEINFER_TEST_DATA")
 pytestmark = pytest.mark.skipif(not DATA, reason="EDGEINFER_TEST_DATA (real models) is not set")
@@ -186,6 +187,17 @@ def test_bad_requests_are_refused(model, context, tmp_path):
     missing = tmp_path / "none.gguf"
     with pytest.raises(EngineError, match="could not load .*none.gguf.*No such file"):
         open_model(missing)
+
+
+def test_models_that_llama_cpp_refuses(tmp_path):
+    whole = tiny_model(tmp_path, "llama", "Q8_0").read_bytes()
+    damaged = tmp_path / "damaged.gguf"
+    damaged.write_bytes(whole.replace(b"llama", b"zlama"))
+    with pytest.raises(ModelFileError, match=r"damaged.gguf: its architecture 'zlama' is not one that llama.cpp"):
+        open_model(damaged)
+    damaged.write_bytes(whole.replace(b"blk.1.ffn_norm", b"blk.1.ffn_nurm"))
+    with pytest.raises(EngineError, match=r"damaged.gguf: .*'blk.1.ffn_norm.weight' not found. If the file is whole"):
+        open_model(damaged)
 
 
 def test_nothing_of_llama_cpps_log_reaches_the_screen(capfd):

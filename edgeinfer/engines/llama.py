@@ -19,7 +19,7 @@ import numpy as np
 from edgeinfer.errors import EdgeInferError, EngineError, ModelFileError, PromptError
 
 _LOG_LEVEL_ERROR = 4  # enum ggml_log_level
-_LOAD_FAILURE = re.compile(r"error loading model: ([^;]*)")
+_LAST_LINE = "; llama_model_load_from_file_impl: failed to load model"
 _UNKNOWN_ARCHITECTURE = re.compile(r"unknown model architecture: ('[^;]*')")
 
 _errors: deque[str] = deque(maxlen=5)
@@ -70,8 +70,7 @@ def _load_error(path: str | os.PathLike) -> EdgeInferError:
             f"{path}: its architecture {match[1]} is not one that llama.cpp knows ({version} is installed). "
             "Give another model, or install a newer edgeinfer and llama-cpp-python."
         )
-    if match := _LOAD_FAILURE.search(reason):
-        reason = match[1]
+    reason = reason.removesuffix(_LAST_LINE).replace("llama_model_load: error loading model: ", "")
     return EngineError(
         f"llama.cpp could not load {path}: {reason}. If the file is whole, it may need another llama.cpp than "
         f"that of {version}: convert it again, or give another model."
