@@ -117,13 +117,13 @@ def check_prompt(engine: Any, prompt: Sequence[int]) -> None:
     if len(prompt) > engine.context_length:
         trained = engine.model.train_context
         advice = (
-            f"or give a larger context with --ctx (this model was trained with {trained:,})"
+            f", or give a larger context with --ctx (this model was trained with {trained:,})"
             if engine.context_length < trained
-            else "because the context is already as long as this model was trained with"
+            else ": the context is already as long as this model was trained with"
         )
         raise PromptError(
             f"The prompt has {len(prompt):,} tokens, but the context holds {engine.context_length:,}. "
-            f"Shorten the prompt, {advice}."
+            f"Shorten the prompt{advice}."
         )
 
 

@@ -264,7 +264,7 @@ def _other_parts(first: GGUFHeader) -> Iterable[GGUFHeader]:
         names = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
         raise ModelFileError(
             f"{first.path}: {len(missing)} of the model's {count} parts are missing: {names}. "
-            f"Put all parts into {first.path.parent}."
+            f"Put all parts into the folder of {first.path.name}."
         )
     others = [read_header(path) for path in paths[1:]]
     for index, header in enumerate(others, start=1):
