@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 BLOCK_BYTES = 24 << 20  # about a large weight matrix
@@ -44,3 +46,23 @@ def disk_bandwidth(path: str | os.PathLike, most_bytes: int = 2_500_000_000) -> 
     if not statistics["direct"]:
         raise ValueError(f"expected a file system with O_DIRECT, found none under {path}: use another --work")
     return statistics["read_bytes"] / seconds
+
+
+def fresh_memory_seconds_per_gb(num_bytes: int = 1_000_000_000, threads: int = 2) -> float:
+    """What the system takes to give memory that nobody holds: no model can be in memory sooner."""
+    from edgeinfer import _native
+
+    populate_write = 23  # MADV_POPULATE_WRITE, Linux 5.14
+    libc = ctypes.CDLL(None, use_errno=True)
+    share = num_bytes // threads // (2 << 20) * (2 << 20)
+    arena = _native.Arena(share * threads)
+
+    def touch(number: int) -> int:
+        start = ctypes.c_void_p(arena.address + number * share)
+        return libc.madvise(start, ctypes.c_size_t(share), populate_write)
+
+    started = time.perf_counter()
+    with ThreadPoolExecutor(threads) as pool:
+        if any(pool.map(touch, range(threads))):
+            raise OSError(ctypes.get_errno(), "memory could not be touched")
+    return (time.perf_counter() - started) / (share * threads / 1e9)

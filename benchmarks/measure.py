@@ -16,7 +16,7 @@ import psutil
 
 from benchmarks.bound import Bound, first_token_limit
 from benchmarks.cgroup import drop_page_cache, run_command
-from benchmarks.disk import disk_bandwidth
+from benchmarks.disk import disk_bandwidth, fresh_memory_seconds_per_gb
 from edgeinfer.modelfile import read_model_file
 
 ROOT = Path(__file__).parents[1]
@@ -140,7 +140,9 @@ class Measurements:
     def _streaming_run(self, limit: int) -> dict:
         before = disk_bandwidth(self.model)
         drop_page_cache(self.file.paths)
+        fresh = fresh_memory_seconds_per_gb()
         run = self.child("edgeinfer", "--memory", limit, "--tokens", self.settings.tokens, limit=limit)
+        run["fresh_memory_seconds_per_gb"] = fresh
         return {**run, "bandwidth_before": before, "bandwidth_after": disk_bandwidth(self.model)}
 
     def _bounds(self, run: dict, compute: float) -> dict:

@@ -94,6 +94,11 @@ def streaming_rows(part: dict, compute: float) -> list[Row]:
             f"{_seconds(allowed)}: {in_time}",
         ),
         (
+            f"{label}: the system gives fresh memory at",
+            ", ".join(f"{run['fresh_memory_seconds_per_gb']:.2f}" for run in runs) + " s/GB",
+            "",
+        ),
+        (
             f"{label}: major page faults a token",
             f"{faults:.1f}",
             f"< {FAULTS_GOAL}: {_met(faults < FAULTS_GOAL)}",
