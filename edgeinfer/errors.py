@@ -30,3 +30,7 @@ class ReadError(EdgeInferError):
 
 class EngineError(EdgeInferError):
     """llama.cpp or ONNX Runtime refused, or is not the version that edgeinfer knows."""
+
+
+class TraceError(EdgeInferError):
+    """A trace of expert routing is malformed, incomplete, or of another model."""

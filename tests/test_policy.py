@@ -294,7 +294,7 @@ def test_counts_keep_their_order_for_ever():
     for key in (0, 1):
         policy.insert(key)
     assert policy.victim() == 1
-    for step in range(200):
+    for _ in range(200):
         policy.access(1)
     assert policy.victim() == 0
     assert [policy.victim([0]), policy.victim([0, 1])] == [1, None]
