@@ -8,6 +8,7 @@ is read ahead. Time per token is bounded below by max(compute, streamed bytes / 
 from __future__ import annotations
 
 import mmap
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -20,6 +21,7 @@ SMALL_BYTES = 256 << 10  # norms, biases, gates: streaming them would cost more 
 READ_AHEAD_BYTES = 28 * MIB  # measured: less lets the disk stand still when it is about as fast as the computing
 
 
+MOST_MATRICES = 3  # of an expert, that the cache can keep together; EXPERT_MATRICES in native/experts.h
 READ_BUFFERS_BYTES = 9 * MIB  # one piece for each reading thread, where experts lie across blocks of the disk
 
 
@@ -33,6 +35,7 @@ class WeightUse:
     through_view: bool = False
     experts: int = 0  # multiplied by those of so many experts that a router chose; 0: as a whole
     layer: int | None = None
+    choice: int = 0  # of experts: weights with the same number multiply by the same ones
     router: bool = False  # chooses the experts of its layer
 
 
@@ -40,7 +43,8 @@ class WeightUse:
 class ExpertPools:
     """Where experts live: layers whose experts are alike share the slots of a pool.
 
-    `layers`: the names of a layer's expert weights, in order of use; `kinds`: the pool of each layer; `slots`: how many
+    A layer is what follows one choice of experts; a layer of the model that routes twice is two. `num_experts`: of the
+    layer that has most. `layers`: the names of a layer's expert weights, in order of use; `kinds`: the pool of each layer; `slots`: how many
     experts each pool holds; `slot_bytes`: bytes of a slot of each pool. `num_used`: experts that a token uses.
     """
 
@@ -161,7 +165,8 @@ def make_plan(
     """The plan that streams least under `budget_bytes`; `overhead`: ledger entries of all that is not weights.
 
     `experts_used` by a token, and `ubatch` tokens in a pass, size the cache of experts, which `pooled` asks for even
-    where all would fit. Raises BudgetError, with the smallest budget that works, when even streaming everything that can be does not fit.
+    where all would fit. Raises BudgetError, with the smallest budget that works, when even streaming everything that
+    can be does not fit.
     """
     sizes = {use.name: use.nbytes for use in uses}
     rows = frozenset(
@@ -221,32 +226,49 @@ def plan_pools(
 
     Even where nothing is left it holds the experts that one token uses in a layer: other weights are streamed then.
     """
-    layers: dict[int, list[WeightUse]] = {}
-    for use in products:
-        if use.experts and use.layer is not None and use not in layers.setdefault(use.layer, []):
-            layers[use.layer].append(use)
+    layers = _layers_of_experts(products)
     if not layers:
         return None
-    num_experts = max(use.experts for uses in layers.values() for use in uses)
-    shapes = [tuple(use.nbytes // use.experts for use in uses) for uses in layers.values()]
+    shapes = [tuple(use.nbytes // use.experts for use in uses) for uses in layers]
     kinds = list(dict.fromkeys(shapes))
     slot_bytes = [sum(expert_stride(size) for size in kind) for kind in kinds]
-    others = sum({use.name: use.nbytes for use in products if not use.experts}.values())
+    experts = [sum(uses[0].experts for uses, shape in zip(layers, shapes) if shape == kind) for kind in kinds]
     per_slot = 8 * max(1, experts_used) * ubatch  # ggml's work buffer for one more expert
+    pooled = {use.name for uses in layers for use in uses}
+    others = sum({use.name: use.nbytes for use in products if use.name not in pooled}.values())
+    slots = [max(1, min(experts_used, number)) for number in experts]
     room = capacity - others - READ_BUFFERS_BYTES
-    weights = [shapes.count(kind) * size for kind, size in zip(kinds, slot_bytes)]
-    slots = []
-    for kind, size, weight in zip(kinds, slot_bytes, weights):
-        share = room * weight // sum(weights)
-        slots.append(max(min(share // (size + per_slot), shapes.count(kind) * num_experts), experts_used, 1))
+    room -= sum(number * (size + per_slot) for number, size in zip(slots, slot_bytes))
+    if room > 0:
+        weights = [number * size for number, size in zip(experts, slot_bytes)]
+        shares = [room * weight // sum(weights) for weight in weights]
+        more = [share // (size + per_slot) for share, size in zip(shares, slot_bytes)]
+        slots = [min(least + extra, number) for least, extra, number in zip(slots, more, experts)]
     return ExpertPools(
-        num_experts=num_experts,
+        num_experts=max(uses[0].experts for uses in layers),
         num_used=experts_used,
-        layers=tuple(tuple(use.name for use in uses) for uses in layers.values()),
+        layers=tuple(tuple(use.name for use in uses) for uses in layers),
         kinds=tuple(kinds.index(shape) for shape in shapes),
         slots=tuple(slots),
         slot_bytes=tuple(slot_bytes),
     )
+
+
+def _layers_of_experts(products: Sequence[WeightUse]) -> list[list[WeightUse]]:
+    """The weights that share each choice of experts, in order of use, where the cache can hold them."""
+    layers: dict[tuple[int | None, int], list[WeightUse]] = {}
+    for use in products:
+        if use.experts and use not in layers.setdefault((use.layer, use.choice), []):
+            layers[use.layer, use.choice].append(use)
+    counts = Counter(use.name for uses in layers.values() for use in uses)
+    for use in products:  # an address that is baked into the graph, or a use of all experts at once
+        if use.through_view or not use.experts:
+            counts[use.name] += 1
+    return [
+        uses
+        for uses in layers.values()
+        if len(uses) <= MOST_MATRICES and all(counts[use.name] == 1 and use.experts == uses[0].experts for use in uses)
+    ]
 
 
 def expert_stride(nbytes: int) -> int:

@@ -210,25 +210,34 @@ static void request(expert_kind *kind, expert_queue *q, uint32_t matrix, uint32_
         queue_push(q, (expert_request){number, matrix, slot->key});
 }
 
+/* slot_of_expert becomes 0 for the experts that `ids` names. 0, or an errno where they cannot all be had. */
+static int mark_wanted(expert_cache *cache, uint32_t layer_number, const int32_t *ids, size_t num_ids)
+{
+    const expert_layer *layer = &cache->layers[layer_number];
+    uint32_t num_wanted = 0;
+    for (uint32_t e = 0; e < cache->num_experts; e++)
+        cache->slot_of_expert[e] = EXPERT_NONE;
+    for (size_t i = 0; i < num_ids; i++) {
+        if (ids[i] < 0 || (uint32_t)ids[i] >= layer->num_experts)
+            return EINVAL;
+        num_wanted += cache->slot_of_expert[ids[i]] == EXPERT_NONE;
+        cache->slot_of_expert[ids[i]] = 0;
+    }
+    return num_wanted > cache->kinds[layer->kind].num_slots ? E2BIG : 0;
+}
+
 bool experts_select(pager *p, uint32_t layer_number, const int32_t *ids, size_t num_ids, bool decoding, int32_t *slots,
                     int *error)
 {
     expert_cache *cache = p->experts;
     expert_kind *kind = &cache->kinds[cache->layers[layer_number].kind];
-    *error = 0;
     pthread_mutex_lock(&p->lock);
+    *error = mark_wanted(cache, layer_number, ids, num_ids);
+    if (*error != 0)
+        goto done;
     cache->selection++;
     cache->layer = layer_number;
     cache->num_chosen = 0;
-    for (uint32_t e = 0; e < cache->num_experts; e++)
-        cache->slot_of_expert[e] = EXPERT_NONE;
-    for (size_t i = 0; i < num_ids; i++) {
-        if (ids[i] < 0 || (uint32_t)ids[i] >= cache->num_experts) {
-            *error = EINVAL;
-            goto done;
-        }
-        cache->slot_of_expert[ids[i]] = 0; /* wanted */
-    }
     bool is_predicted = decoding && cache->predicted_layer == layer_number;
     /* First everything that is here is held, so that no missing one takes its slot. */
     uint32_t first_key = layer_number * cache->num_experts;
@@ -255,7 +264,9 @@ bool experts_select(pager *p, uint32_t layer_number, const int32_t *ids, size_t 
         if (number == EXPERT_NONE) {
             number = wait_for_slot(p, kind);
             if (number == EXPERT_NONE) {
-                *error = pager_halted(p) ? ECANCELED : E2BIG;
+                if (!pager_halted(p)) /* cannot be: mark_wanted has counted the slots */
+                    pager_fail_locked(p, ENOBUFS, "no slot was left for an expert");
+                *error = ECANCELED;
                 goto done;
             }
             fill_slot(cache, kind, number, key, !decoding);
@@ -338,7 +349,10 @@ static bool guessing_pays(expert_cache *cache)
 void experts_predict(pager *p, uint32_t layer, const uint32_t *experts, size_t num_experts)
 {
     expert_cache *cache = p->experts;
+    if (layer >= cache->num_layers)
+        return;
     expert_kind *kind = &cache->kinds[cache->layers[layer].kind];
+    uint32_t limit = cache->layers[layer].num_experts;
     pthread_mutex_lock(&p->lock);
     if (!guessing_pays(cache)) {
         pthread_mutex_unlock(&p->lock);
@@ -350,6 +364,8 @@ void experts_predict(pager *p, uint32_t layer, const uint32_t *experts, size_t n
     bool asked = false;
     /* Those that are here are spared first: another guess must not take their place. */
     for (size_t i = 0; i < num_experts; i++) {
+        if (experts[i] >= limit)
+            continue;
         uint32_t number = cache->slot_of_key[layer * cache->num_experts + experts[i]];
         cache->predicted[experts[i]] = true;
         if (number != EXPERT_NONE)
@@ -357,7 +373,7 @@ void experts_predict(pager *p, uint32_t layer, const uint32_t *experts, size_t n
     }
     for (size_t i = 0; i < num_experts; i++) {
         uint32_t key = layer * cache->num_experts + experts[i];
-        if (cache->slot_of_key[key] != EXPERT_NONE)
+        if (experts[i] >= limit || cache->slot_of_key[key] != EXPERT_NONE)
             continue;
         uint32_t number = find_slot(cache, kind);
         if (number == EXPERT_NONE)

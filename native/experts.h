@@ -28,8 +28,9 @@ typedef struct {
     uint32_t hand;                   /* where the search for one goes on */
 } expert_kind;
 
+/* Products that share one choice of experts. A layer of the model that routes twice is two of them. */
 typedef struct {
-    uint32_t kind;
+    uint32_t kind, num_experts;
     uint32_t source[EXPERT_MATRICES];
     uint64_t offset[EXPERT_MATRICES]; /* in the file, of expert 0; the others follow */
 } expert_layer;
@@ -65,7 +66,7 @@ typedef struct {
 } expert_queue;
 
 typedef struct expert_cache {
-    uint32_t num_layers, num_experts;
+    uint32_t num_layers, num_experts; /* num_experts: of the layer that has most */
     expert_layer *layers;
     expert_kind *kinds;
     uint32_t num_kinds;
@@ -96,14 +97,15 @@ bool experts_next_chunk(expert_cache *cache, size_t most, pager_chunk *c, bool n
 
 /* Makes the experts of one layer that `ids` names the current selection: missing ones are asked for, and slots[i]
    becomes the slot of expert ids[i]. `decoding`: they count for the policy; otherwise they only pass through.
-   false: failed or aborted; E2BIG in *error where they need more slots than there are. */
+   false and *error: ECANCELED (failed or aborted), EINVAL (an expert that the layer does not have), E2BIG (they need
+   more slots than there are); the cache is as before with the last two. */
 bool experts_select(pager *p, uint32_t layer, const int32_t *ids, size_t num_ids, bool decoding, int32_t *slots,
                     int *error);
 
 /* Waits until this matrix of every selected expert is there. *rest_ready: so are the later ones. */
 bool experts_wait(pager *p, uint32_t matrix, bool *rest_ready);
 
-/* Reads these experts of a layer ahead, as far as slots can be had for them. */
+/* Reads these experts of a layer ahead, as far as slots can be had for them; those that it does not have are left out. */
 void experts_predict(pager *p, uint32_t layer, const uint32_t *experts, size_t num_experts);
 
 /* Forgets requests that nobody waits for any more, after a pass that was aborted. The lock is held. */

@@ -62,6 +62,7 @@ static void record_use(hook *h, ggml_view *weight, const ggml_view *node, bool t
     r->recording = h->recordings;
     r->through_view = through_view;
     r->experts = node->op == h->operations.mul_mat_id && node->src[0] == weight;
+    r->ids = r->experts ? node->src[2] : NULL;
     memcpy(r->name, weight->name, sizeof r->name);
     r->name[sizeof r->name - 1] = 0;
 }
@@ -206,11 +207,10 @@ static bool ask_for_experts(hook *h, ggml_view *node, const hook_weight *weight,
     h->patched[h->num_patched].node = node;
     h->patched[h->num_patched++].ids = node->src[2];
     node->src[2] = &h->shadow;
-    /* Computing begins while later matrices are being read; and behind the last one the slots may go. */
-    const expert_cache *cache = h->pager->experts;
-    bool last = weight->matrix + 1 == cache->kinds[cache->layers[weight->layer].kind].num_matrices;
-    *stop = *stop || !rest_ready || last;
-    if (last)
+    /* Computing begins while later matrices are being read; and behind the last product of a choice, or where those of
+       two choices take turns, the slots may go. */
+    *stop = *stop || !rest_ready || weight->switches;
+    if (weight->switches)
         h->ids = NULL;
     return true;
 }
@@ -343,6 +343,15 @@ int hook_bind(hook *h, pager *p, const hook_weight *weights, size_t num_weights)
         while (table[i] != 0)
             i = (i + 1) & (size - 1);
         table[i] = (uint32_t)n + 1;
+    }
+    hook_weight *before = NULL;
+    for (size_t n = 0; n < num_weights; n++) {
+        if (!copy[n].experts)
+            continue;
+        if (before != NULL)
+            before->switches = before->layer != copy[n].layer;
+        copy[n].switches = true;
+        before = &copy[n];
     }
     free(h->weights);
     free(h->table);

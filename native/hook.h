@@ -26,6 +26,7 @@ typedef struct {
     bool rows;           /* GET_ROWS on it finds its rows at home */
     bool experts;        /* its experts are in a pool: these two say which */
     uint32_t layer, matrix;
+    bool switches;       /* the next weight with experts is of another layer of them: a run ends behind this one */
 } hook_weight;
 
 /* One use of a weight, as the recording pass saw it. */
@@ -37,6 +38,7 @@ typedef struct {
     uint32_t recording;
     bool through_view;
     bool experts; /* multiplied expert by expert */
+    const void *ids; /* the choice of experts, then */
     char name[64];
 } hook_record;
 
@@ -93,7 +95,7 @@ typedef struct {
 bool hook_evaluate(void *tensor, bool ask, void *user_data);
 bool hook_should_abort(void *user_data);
 
-/* Takes over nothing; copies the weights. 0 or an errno. */
+/* Takes over nothing; copies the weights, which come in their order of use. 0 or an errno. */
 int hook_bind(hook *h, pager *p, const hook_weight *weights, size_t num_weights);
 /* Weights that hold experts become their pools: data, number of experts and strides. Once, behind hook_bind. */
 void hook_point_to_pools(hook *h);

@@ -13,10 +13,10 @@ static bool parse_kind(PyObject *list, Py_ssize_t index, expert_kind *kind)
     if (!parse_tuple_at(list, index, "(slots, matrices)", "O&O", to_uint32, &kind->num_slots, &matrices))
         return false;
     Py_ssize_t num = PySequence_Size(matrices);
-    if (num < 1 || num > EXPERT_MATRICES || kind->num_slots == 0) {
+    if (num < 1 || num > EXPERT_MATRICES || kind->num_slots == 0 || kind->num_slots > POLICY_MAX_KEYS) {
         if (!PyErr_Occurred())
-            PyErr_Format(PyExc_ValueError, "expected 1 to %d matrices and a slot, got %zd and %u", EXPERT_MATRICES, num,
-                         kind->num_slots);
+            PyErr_Format(PyExc_ValueError, "expected 1 to %d matrices and 1 to %u slots, got %zd and %u",
+                         EXPERT_MATRICES, POLICY_MAX_KEYS, num, kind->num_slots);
         return false;
     }
     kind->num_matrices = (uint32_t)num;
@@ -44,8 +44,14 @@ static bool parse_layer(PyObject *list, Py_ssize_t index, const pager *p, const 
                         uint32_t num_experts, expert_layer *layer)
 {
     PyObject *places;
-    if (!parse_tuple_at(list, index, "(kind, places)", "O&O", to_uint32, &layer->kind, &places))
+    if (!parse_tuple_at(list, index, "(kind, experts, places)", "O&O&O", to_uint32, &layer->kind, to_uint32,
+                        &layer->num_experts, &places))
         return false;
+    if (layer->num_experts < 1 || layer->num_experts > num_experts) {
+        PyErr_Format(PyExc_ValueError, "expected 1 to %u experts in layer %zd, got %u", num_experts, index,
+                     layer->num_experts);
+        return false;
+    }
     if (layer->kind >= num_kinds || PySequence_Size(places) != kinds[layer->kind].num_matrices) {
         if (!PyErr_Occurred())
             PyErr_Format(PyExc_ValueError, "layer %zd is of an unknown kind, or has not all of its matrices", index);
@@ -56,7 +62,7 @@ static bool parse_layer(PyObject *list, Py_ssize_t index, const pager *p, const 
                             &layer->offset[m]))
             return false;
         uint64_t size = layer->source[m] < p->num_sources ? (uint64_t)p->sources[layer->source[m]].size : 0;
-        if (layer->offset[m] > size || kinds[layer->kind].bytes[m] > (size - layer->offset[m]) / num_experts) {
+        if (layer->offset[m] > size || kinds[layer->kind].bytes[m] > (size - layer->offset[m]) / layer->num_experts) {
             PyErr_Format(PyExc_ValueError, "the experts of layer %zd do not lie inside their file", index);
             return false;
         }
@@ -69,6 +75,11 @@ bool give_experts(pager *p, PyObject *description)
     const char *policy_name;
     PyObject *kind_list, *layer_list;
     uint32_t num_experts;
+    if (!PyTuple_Check(description)) {
+        PyErr_Format(PyExc_TypeError, "expected a tuple (experts, policy, kinds, layers), got %s",
+                     Py_TYPE(description)->tp_name);
+        return false;
+    }
     if (!PyArg_ParseTuple(description, "O&sOO", to_uint32, &num_experts, &policy_name, &kind_list, &layer_list))
         return false;
     Py_ssize_t num_kinds = PySequence_Size(kind_list), num_layers = PySequence_Size(layer_list);
@@ -94,7 +105,9 @@ bool give_experts(pager *p, PyObject *description)
         policy_options options = {.layer = layer_of, .num_layers = (uint32_t)num_layers};
         kinds[k].policy = policy_new(policy_name, num_keys, kinds[k].num_slots, &options);
         good = kinds[k].policy != NULL;
-        if (!good)
+        if (!good && errno == ENOMEM)
+            PyErr_NoMemory();
+        else if (!good)
             PyErr_Format(PyExc_ValueError, "expected the name of a policy, got %s", policy_name);
     }
     free(layer_of);

@@ -153,10 +153,10 @@ static PyObject *py_hook_records(PyObject *object, PyObject *unused)
     PyObject *list = PyList_New((Py_ssize_t)h->num_records);
     for (size_t i = 0; list != NULL && i < h->num_records; i++) {
         hook_record *r = &h->records[i];
-        PyObject *item = Py_BuildValue("(KKsIIOOO)", (unsigned long long)(uintptr_t)r->tensor,
+        PyObject *item = Py_BuildValue("(KKsIIOOK)", (unsigned long long)(uintptr_t)r->tensor,
                                        (unsigned long long)(uintptr_t)r->data, r->name, r->recording, r->node,
                                        r->op == h->operations.get_rows ? Py_True : Py_False,
-                                       r->through_view ? Py_True : Py_False, r->experts ? Py_True : Py_False);
+                                       r->through_view ? Py_True : Py_False, (unsigned long long)(uintptr_t)r->ids);
         if (item == NULL)
             Py_CLEAR(list);
         else
@@ -305,9 +305,9 @@ static PyMethodDef hook_methods[] = {
     {"set_ranges", py_hook_set_ranges, METH_O, "Addresses (start, end) of the model file's mapping."},
     {"record", py_hook_record, METH_O, "Record the uses of weights instead of computing."},
     {"records", py_hook_records, METH_NOARGS,
-     "(tensor, data, name, recording, node, rows, through a view) for each use seen, in order."},
+     "(tensor, data, name, recording, node, rows, through a view, choice of experts or 0) for each use, in order."},
     {"bind", py_hook_bind, METH_VARARGS,
-     "bind(pager, weights): (tensor, home, block or -1, streamed, rows) for each weight."},
+     "bind(pager, weights): (tensor, home, block or -1, streamed, rows[, layer of experts, matrix]), in order of use."},
     {"set_gates", py_hook_set_gates, METH_VARARGS,
      "set_gates([(weights address or 0, bias address or 0, width, experts)], guesses): predict the next layer's experts."},
     {"log_routing", py_hook_log_routing, METH_O, "True: record what routers choose; see routing_log.h."},

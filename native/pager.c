@@ -178,7 +178,8 @@ static void complete_chunk(pager *p, const pager_chunk *c)
     c->transfer->completed += c->length;
     if (c->transfer->completed == c->total)
         c->transfer->state = TRANSFER_READY;
-    if (c->transfer->state == TRANSFER_READY || p->in_flight == 0)
+    bool slot_is_quiet = c->slot != NULL && c->slot->in_flight == 0; /* it may be wanted for another expert */
+    if (c->transfer->state == TRANSFER_READY || p->in_flight == 0 || slot_is_quiet)
         pthread_cond_broadcast(&p->ready);
 }
 

@@ -64,7 +64,7 @@ class _Seen:
     name: str
     rows: bool
     through_view: bool
-    experts: bool
+    choice: int  # of experts, numbered from 1; 0: not multiplied by chosen experts
 
 
 class PagedModel:
@@ -134,10 +134,12 @@ class PagedModel:
             self.hook.record(False)
         passes: dict[int, list[_Seen]] = {}
         names = {tensor.name for tensor in self.file.tensors}
-        for tensor, data, name, recording, _, rows, through_view, experts in self.hook.records():
+        choices: dict[tuple[int, int], int] = {}
+        for tensor, data, name, recording, _, rows, through_view, ids in self.hook.records():
             if name not in names:  # memory of llama.cpp's own: see _ranges
                 continue
-            passes.setdefault(recording, []).append(_Seen(tensor, data, name, rows, through_view, experts))
+            choice = choices.setdefault((recording, ids), len(choices) + 1) if ids else 0
+            passes.setdefault(recording, []).append(_Seen(tensor, data, name, rows, through_view, choice))
         if not passes:
             raise EngineError("llama.cpp's graph shows no weights of the model.")
         self._seen = [seen for uses in passes.values() for seen in uses]
@@ -154,8 +156,9 @@ class PagedModel:
             info.nbytes,
             rows=seen.rows,
             through_view=seen.through_view,
-            experts=info.shape[2] if seen.experts and len(info.shape) == 3 else 0,
+            experts=info.shape[2] if seen.choice and len(info.shape) == 3 else 0,
             layer=info.layer,
+            choice=seen.choice,
             router=info.role.startswith("ffn_gate_inp"),
         )
 

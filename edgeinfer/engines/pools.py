@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from edgeinfer import _native
 from edgeinfer.modelfile import ModelFile
@@ -14,14 +14,19 @@ def describe_pools(file: ModelFile, pools: ExpertPools) -> tuple:
     kinds = []
     for kind, slots in enumerate(pools.slots):
         layer = pools.layers[pools.kinds.index(kind)]
-        sizes = [file.tensor(name).nbytes // pools.num_experts for name in layer]
+        sizes = [file.tensor(name).nbytes // experts_of(file, layer) for name in layer]
         matrices = [(size, expert_stride(size), _native.Arena(slots * expert_stride(size))) for size in sizes]
         kinds.append((slots, matrices))
     layers = [
-        (kind, [(file.tensor(name).part, file.tensor(name).offset) for name in names])
+        (kind, experts_of(file, names), [(file.tensor(name).part, file.tensor(name).offset) for name in names])
         for kind, names in zip(pools.kinds, pools.layers)
     ]
     return pools.num_experts, pools.policy, kinds, layers
+
+
+def experts_of(file: ModelFile, names: Sequence[str]) -> int:
+    """How many experts a layer of them has."""
+    return file.tensor(names[0]).shape[2]
 
 
 def places_in_pools(pools: ExpertPools) -> dict[str, tuple[int, int]]:
@@ -44,12 +49,13 @@ def gates_of(
         router = f"blk.{infos[names[0]].layer}.ffn_gate_inp"
         weights, bias = infos.get(router + ".weight"), infos.get(router + ".bias")
         known = weights is not None and weights.type == "F32" and weights.name in resident
+        known = known and weights.shape[1] == experts_of(file, names)  # others are chosen by a rule of their own
         gates.append(
             (
                 resident[weights.name] if known else 0,
                 resident.get(bias.name, 0) if bias is not None and bias.type == "F32" else 0,
                 weights.shape[0] if known else 0,
-                pools.num_experts,
+                experts_of(file, names),
             )
         )
     return (gates, pools.num_used) if any(address for address, *_ in gates) else None
