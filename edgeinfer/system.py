@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import sys
 
+STREAMING_OFF = "Streaming is off on this system: the model is held in memory, whatever --memory says."
+
 
 def streaming_support() -> bool:
     """Whether weights can be streamed: Linux, with the C extension."""

@@ -12,6 +12,7 @@ from edgeinfer.cli.inspect import role_group
 from edgeinfer.errors import EdgeInferError
 from edgeinfer.modelfile import ModelFile
 from edgeinfer.plan import Plan
+from edgeinfer.system import STREAMING_OFF, streaming_support
 
 GIB = 1 << 30
 PLACES = ("resident", "streamed", "rows")
@@ -44,6 +45,8 @@ def plan(
     facts["disk_bytes_per_second"] = found.device.disk_bytes_per_second if found.device else None
     facts["predicted_tokens_per_second"] = found.predict()
     facts["predicted_tokens_per_second_with_1_gib_more"] = found.predict(GIB)
+    if not streaming_support():
+        click.echo(STREAMING_OFF, err=True)
     click.echo(json.dumps(facts) if as_json else table(facts))
 
 

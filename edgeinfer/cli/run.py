@@ -16,7 +16,7 @@ from edgeinfer.budget import format_size
 from edgeinfer.cli.chat import chat
 from edgeinfer.cli.progress import ProgressLine
 from edgeinfer.errors import PromptError
-from edgeinfer.system import streaming_support
+from edgeinfer.system import STREAMING_OFF, streaming_support
 
 
 EXPERT_RATES = {
@@ -94,9 +94,7 @@ def run(
     with ProgressLine("Loading the model") as progress:
         loaded = edgeinfer.load(model, memory=memory, ctx=ctx, threads=threads, progress=progress)
     if not streaming_support():
-        click.echo(
-            "Streaming is off on this system: the model is held in memory, whatever --memory says.", err=True
-        )
+        click.echo(STREAMING_OFF, err=True)
     with loaded:
         if is_chat:
             chat(loaded, options)
