@@ -47,8 +47,11 @@ def load(
 
     `path` None is the embedded default model. `ctx`: tokens of context; `threads`: computing threads; None
     lets edgeinfer choose. `progress` is called with the loaded fraction. Raises ModelFileError, BudgetError
-    and EngineError.
+    and EngineError; ValueError for numbers that mean nothing.
     """
+    for name, value in (("ctx", ctx), ("threads", threads)):
+        if value is not None and value < 1:
+            raise ValueError(f"expected {name} of at least 1, got {value}")
     from edgeinfer.engines.opening import open_engine
     from edgeinfer.models import default_model_path
 

@@ -11,7 +11,7 @@ from engine_doubles import ScriptedEngine, StockEngine
 
 from edgeinfer.errors import EngineError, PromptError
 from edgeinfer.generate import Generation, TextStream, generate
-from edgeinfer.model import Model
+from edgeinfer.model import Model, load
 
 DATA = os.environ.get("EDGEINFER_TEST_DATA")
 needs_data = pytest.mark.skipif(not DATA, reason="EDGEINFER_TEST_DATA (real models) is not set")
@@ -249,6 +249,13 @@ def test_options_out_of_range(model, options, message):
 
 
 @needs_data
+@pytest.mark.parametrize("options", [{"ctx": 0}, {"ctx": -1}, {"threads": 0}])
+def test_load_options_out_of_range(options):
+    ((name, value),) = options.items()
+    with pytest.raises(ValueError, match=f"expected {name} of at least 1, got {value}"):
+        load(**options)
+
+
 def test_closed_model_says_so():
     model = Model(StockEngine(STORIES))
     list(model.generate("Once", max_tokens=2))
