@@ -13,7 +13,7 @@ from edgeinfer.engines.opening import Prepared
 from edgeinfer.modelfile import read_model_file
 from edgeinfer.plan import plan_pools
 
-ARCHITECTURES = ["mixtral", "qwen2moe", "qwen3moe", "olmoe", "deepseek2", "gpt-oss"]
+ARCHITECTURES = ["mixtral", "qwen2moe", "qwen3moe", "olmoe", "deepseek2", "gpt-oss", "grovemoe"]
 # One token, a batch that wants many experts, then decoding: experts are missed, hit, and evicted.
 BATCHES = [some_tokens(1), some_tokens(40), *([token] for token in some_tokens(30))]
 
