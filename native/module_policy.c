@@ -47,7 +47,8 @@ static bool is_known(const char *name)
     return false;
 }
 
-static bool policy_start(policy_object *self, const char *name, policy_options *options, PyObject *layers, PyObject *costs)
+static bool policy_start(policy_object *self, const char *name, policy_options *options, PyObject *layers,
+                         PyObject *costs)
 {
     Py_buffer layer_view = {0}, cost_view = {0};
     bool started = false;
@@ -76,9 +77,9 @@ static bool policy_start(policy_object *self, const char *name, policy_options *
         PyErr_NoMemory();
     else if (self->policy == NULL)
         PyErr_Format(PyExc_ValueError,
-                     "the policy %s cannot be made with %u keys in %u slots and these options: expected at least one of each, "
-                     "at most %u keys, layers for \"layers\", costs from 0, a half-life of at least one use, a share from "
-                     "0 to 1",
+                     "the policy %s cannot be made with %u keys in %u slots and these options: expected at least one "
+                     "of each, at most %u keys, layers for \"layers\", costs from 0, a half-life of at least one use, "
+                     "a share from 0 to 1",
                      name, self->num_keys, self->num_slots, POLICY_MAX_KEYS);
     started = self->policy != NULL;
 done:
@@ -94,8 +95,8 @@ static PyObject *py_policy_new(PyTypeObject *type, PyObject *args, PyObject *kwa
     uint32_t num_keys, num_slots;
     PyObject *layers = Py_None, *costs = Py_None;
     policy_options options = {0};
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "sO&O&|OOdd", names, &name, to_uint32, &num_keys, to_uint32, &num_slots,
-                                     &layers, &costs, &options.half_life, &options.shallow_share))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "sO&O&|OOdd", names, &name, to_uint32, &num_keys, to_uint32,
+                                     &num_slots, &layers, &costs, &options.half_life, &options.shallow_share))
         return NULL;
     if (!is_known(name))
         return PyErr_Format(PyExc_ValueError, "there is no policy %s", name);
@@ -248,7 +249,8 @@ static bool check_replay(const policy_object *self, const Py_buffer *keys, const
     const int32_t *key = keys->buf, *start = starts->buf;
     for (Py_ssize_t i = 0; i < keys->shape[0]; i++)
         if (key[i] < 0 || (uint32_t)key[i] >= self->num_keys) {
-            PyErr_Format(PyExc_ValueError, "expected keys from 0 to below %u, got %d at %zd", self->num_keys, key[i], i);
+            PyErr_Format(PyExc_ValueError, "expected keys from 0 to below %u, got %d at %zd", self->num_keys, key[i],
+                         i);
             return false;
         }
     for (Py_ssize_t i = 0; i < starts->shape[0]; i++)
@@ -294,7 +296,8 @@ static PyObject *py_policy_replay(PyObject *object, PyObject *args, PyObject *kw
     Py_END_ALLOW_THREADS
     self->busy = false;
     if (group < num_groups)
-        PyErr_Format(PyExc_ValueError, "group %zd wants more keys at once than the %u slots hold", group, self->num_slots);
+        PyErr_Format(PyExc_ValueError, "group %zd wants more keys at once than the %u slots hold", group,
+                     self->num_slots);
     else
         result = PyLong_FromUnsignedLongLong(hits);
 done:
@@ -329,7 +332,7 @@ static PyMethodDef policy_methods[] = {
     {"victim", (PyCFunction)(void (*)(void))py_policy_victim, METH_VARARGS | METH_KEYWORDS,
      "victim(pinned=()): the cached key that should go first, none of the pinned; None if none may go."},
     {"replay", (PyCFunction)(void (*)(void))py_policy_replay, METH_VARARGS | METH_KEYWORDS,
-     "replay(keys, group_starts, marks=None): hits when groups of keys (int32; a group starts at each of group_starts)\n"
+     "replay(keys, group_starts, marks=None): hits when groups of keys (int32; one begins at each of group_starts)\n"
      "are wanted one after the other, no key of a group giving way to another. marks (uint8) gets 1 for each hit."},
     {"names", py_policy_names, METH_NOARGS | METH_STATIC, "Names of all policies, the default first."},
     {NULL, NULL, 0, NULL},
@@ -337,8 +340,8 @@ static PyMethodDef policy_methods[] = {
 
 static PyType_Slot policy_slots[] = {
     {Py_tp_doc, "Policy(name, num_keys, num_slots, layers=None, costs=None, half_life=0, shallow_share=0)\n\n"
-                "Which cached key gives way; keeps a record of what is cached. layers (int32) and costs (float32) have one\n"
-                "value a key. Zero is the default of an option. See policy.h."},
+                "Which cached key gives way; keeps a record of what is cached. layers (int32) and costs (float32)\n"
+                "have one value a key. Zero is the default of an option. See policy.h."},
     {Py_tp_new, py_policy_new},
     {Py_tp_dealloc, policy_dealloc},
     {Py_tp_methods, policy_methods},

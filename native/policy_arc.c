@@ -1,5 +1,5 @@
-/* "arc", the adaptive replacement cache (Megiddo and Modha, FAST 2003): experts used once lately and experts used again
-   share the slots, and the share follows the misses on keys that left either part lately.
+/* "arc", the adaptive replacement cache (Megiddo and Modha, FAST 2003): experts used once lately and experts used
+   again share the slots, and the share follows the misses on keys that left either part lately.
 
    Two departures: a victim is asked for without saying for whom, so the paper's tie (the first part is as long as its
    target) always goes against the first part; and where all keys of the part that should give way are in use, the other

@@ -1,19 +1,19 @@
-/* "lrfu": between the last use and all uses (Lee et al., IEEE Transactions on Computers 50(12), 2001), the place between
-   them found while running.
+/* "lrfu": between the last use and all uses (Lee et al., IEEE Transactions on Computers 50(12), 2001), the place
+   between them found while running.
 
    How long a use should count depends on the model and the text: an expert that the last token used is likely to be
    used again, or its popularity over hundreds of tokens says more. So several half-lives each keep a shadow of the
-   cache, keys without data, as if theirs alone decided; and the one with the most hits of late decides for the cache. */
+   cache, keys without data, as if theirs alone decided; the one with the most hits of late decides for the cache. */
 #include "policy_counts.h"
 
-/* See policy_counts.h; 0 is LRU, and the last counts nearly all uses of a conversation. Chosen, as the two numbers below,
-   by replaying skewed, changing and recurrent routing (tests/test_experts_replay.py). */
+/* See policy_counts.h; 0 is LRU, and the last counts nearly all uses of a conversation. Chosen, as the two numbers
+   below, by replaying skewed, changing and recurrent routing (tests/test_experts_replay.py). */
 static const double half_lives[] = {0, 0.3, 1, 3, 12};
 enum { NUM_JUDGES = sizeof half_lives / sizeof *half_lives, FIRST_LEADER = 2 };
 
 /* A hit in a shadow counts half after this many uses for each key. */
 #define HITS_HALF_LIFE 4
-/* What another half-life must be better by to take over: many are alike, and a change costs misses. */
+/* The share by which another half-life must be better to take over: many are alike, and a change costs misses. */
 #define LEAD 0.003
 
 typedef struct {

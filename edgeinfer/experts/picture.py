@@ -115,7 +115,8 @@ def _expert_use(trace: Trace, use: np.ndarray) -> list[str]:
     frame = USE
     shares = -np.sort(-use, axis=1) / trace.num_tokens
     largest = shares.max()
-    levels = np.ceil(shares / largest * (SHADES - 1)).astype(int)
+    # A root, so that the many experts that are seldom used differ to the eye; see _scale.
+    levels = np.ceil(np.sqrt(shares / largest) * (SHADES - 1)).astype(int)
     row, column = frame.height / trace.num_layers, frame.width / trace.num_experts
     parts = [_text(frame.left, 60, "Share of the tokens that use an expert, by layer", size=13)]
     for layer, line in enumerate(levels.tolist()):
@@ -151,7 +152,7 @@ def _scale(frame: Frame, largest: float) -> list[str]:
             f'<rect x="{frame.left}" y="{top}" width="{frame.width}" height="{height}" fill="{shade}"/>'
         )
     for share in (0, 0.5, 1):
-        parts.append(_text(frame.x(1) + 6, frame.y(share) + 4, f"{share * largest:.0%}"))
+        parts.append(_text(frame.x(1) + 6, frame.y(share) + 4, f"{share**2 * largest:.0%}"))
     return parts
 
 
