@@ -209,6 +209,7 @@ def read_model_file(path: str | os.PathLike) -> ModelFile:
         alignment=first.alignment,
     )
     _check_layers(model)
+    _check_epsilons(model)
     return model
 
 
@@ -250,6 +251,15 @@ def _check_layers(model: ModelFile) -> None:
             raise ModelFileError(
                 f"{model.paths[tensor.part]}: tensor {tensor.name!r} is of layer {tensor.layer}, "
                 f"expected 0 to {MAX_LAYERS - 1}. {_DAMAGED_OR_NEWER}"
+            )
+
+
+def _check_epsilons(model: ModelFile) -> None:
+    """ggml ends the process (GGML_ASSERT) on a norm whose epsilon is negative or not a number."""
+    for key, value in model.metadata.items():
+        if key.endswith("_epsilon") and isinstance(value, float) and not value >= 0:
+            raise ModelFileError(
+                f"{model.paths[0]}: key {key!r} is {value}, expected 0 or more. {_DAMAGED_OR_NEWER}"
             )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-U32, I32, STRING, ARRAY = 4, 5, 8, 9
+U32, I32, FLOAT, STRING, ARRAY = 4, 5, 6, 8, 9
 F32, Q4_0 = 0, 2
 
 
@@ -22,6 +22,10 @@ def key(name: bytes, value_type: int, value: bytes) -> bytes:
 
 def u32(name: bytes, value: int) -> bytes:
     return key(name, U32, struct.pack("<I", value))
+
+
+def f32(name: bytes, value: float) -> bytes:
+    return key(name, FLOAT, struct.pack("<f", value))
 
 
 def array(name: bytes, element_type: int, length: int, elements: bytes) -> bytes:

@@ -17,6 +17,7 @@ from gguf_bytes import (
     STRING,
     U32,
     array,
+    f32,
     data_folder,
     gguf,
     key,
@@ -404,6 +405,14 @@ MALFORMED = {
         gguf([ARCHITECTURE, u32(b"llama.block_count", 0)], [ONE_TENSOR], DATA),
         r"key 'llama.block_count' is 0, expected 1 to 512",
     ),
+    "epsilon not a number": (
+        gguf([ARCHITECTURE, f32(b"llama.attention.layer_norm_rms_epsilon", float("nan"))], [ONE_TENSOR], DATA),
+        r"key 'llama.attention.layer_norm_rms_epsilon' is nan, expected 0 or more",
+    ),
+    "negative epsilon": (
+        gguf([ARCHITECTURE, f32(b"llama.attention.layer_norm_epsilon", -1.0)], [ONE_TENSOR], DATA),
+        r"key 'llama.attention.layer_norm_epsilon' is -1.0, expected 0 or more",
+    ),
     "layers as text": (
         gguf([ARCHITECTURE, key(b"llama.block_count", STRING, string(b"x"))], [ONE_TENSOR], DATA),
         r"key 'llama.block_count' must be a count, found 'x'",
@@ -491,6 +500,8 @@ STRICTER = {
     "layer 512",
     "tensor name empty",
     "dimension 0",
+    "epsilon not a number",
+    "negative epsilon",
     "past the end",
 }
 
