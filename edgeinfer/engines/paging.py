@@ -121,6 +121,10 @@ class PagedModel:
         """
         from edgeinfer.engines.llama import DecodeAborted
 
+        threads = llama_cpp.llama_n_threads(context.handle), llama_cpp.llama_n_threads_batch(context.handle)
+        # On one thread: OpenMP counts the threads of every caller, and lets all of them sleep instead of spin between
+        # two steps where they are more than the processors. Passes are computed on another thread than this one.
+        llama_cpp.llama_set_n_threads(context.handle, 1, 1)
         self.hook.record(True)
         try:
             for count in (1, min(context.ubatch, context.context_length)):
@@ -132,6 +136,7 @@ class PagedModel:
                 context.truncate(0)
         finally:
             self.hook.record(False)
+            llama_cpp.llama_set_n_threads(context.handle, *threads)
         passes: dict[int, list[_Seen]] = {}
         names = {tensor.name for tensor in self.file.tensors}
         choices: dict[tuple[int, int], int] = {}
