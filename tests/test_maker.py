@@ -229,7 +229,7 @@ class ChosenExperts:
 
     def __call__(self, tensor, ask, _):
         name = self.ggml.ggml_get_name(tensor).decode()
-        wanted = name.startswith("ffn_moe_topk-")
+        wanted = name.startswith("ffn_moe_topk-") and name[13:].isdigit()  # not a copy of it
         if wanted and not ask:
             # a view of the first `used` of each token's sorted experts
             ids = np.empty((self.num_tokens, self.experts), np.int32)

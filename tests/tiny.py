@@ -22,7 +22,7 @@ from benchmarks.maker import make_model  # noqa: E402
 # 256 is a block of the K-quants
 SHAPE = {"embedding": 256, "ffn": 512, "heads": 4, "vocabulary": 512, "context": 2048}
 # only for the architectures that have such a dimension
-SPECIAL_SHAPE = {"experts": 8, "experts_used": 2, "chunk_experts": 4, "sliding_window": 128}
+SPECIAL_SHAPE = {"experts": 8, "experts_used": 2, "sliding_window": 128}
 
 
 def tiny_model(
@@ -39,6 +39,8 @@ def tiny_model(
     if "kv_heads" not in defaults:
         options["kv_heads"] = 2
     options |= overrides
+    if "chunk_experts" in defaults:
+        options.setdefault("chunk_experts", options["experts"] // 2)
     key = hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()[:12]
     path = Path(directory) / f"{arch}-{type}-{key}.gguf"
     return path if path.exists() else make_model(path, arch, type, **options)
