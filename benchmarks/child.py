@@ -3,6 +3,7 @@
     python -m benchmarks.child edgeinfer MODEL --memory BYTES --tokens 12
     python -m benchmarks.child stock MODEL --tokens 4
     python -m benchmarks.child plain MODEL --prefill 512
+    python -m benchmarks.child edgeinfer MODEL --memory BYTES --policy lru --no-predict
 
 `plain` is edgeinfer's llama.cpp with all weights in memory and the kernels that streaming uses.
 """
@@ -15,10 +16,13 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 PROMPT = "A river"
+METER_BYTES = 150_000_000  # about what a token misses in a cache of half of the experts
 
 
 def major_faults() -> int:
@@ -41,52 +45,104 @@ def prefill_tokens(count: int) -> list[int]:
 
 def edgeinfer_result(args: argparse.Namespace) -> dict:
     started = time.perf_counter()
-    import edgeinfer
-    import edgeinfer.engines.opening  # load() would import it; libraries are not the model's load time
+    import edgeinfer.engines.opening  # noqa: F401  load() would import it; libraries are not the model's load time
 
     import_seconds, started = time.perf_counter() - started, time.perf_counter()
-    with edgeinfer.load(args.model, memory=args.memory, ctx=args.ctx, threads=args.threads) as model:
+    with _opened(args) as engine:
         load_seconds = time.perf_counter() - started
         if args.prefill:
-            engine = model.engine
             result = _prefill(engine, args.prefill, lambda: engine.statistics().streamed_bytes)
         else:
-            result = _generate(model.engine, args.tokens, started)
+            result = _generate(engine, args.tokens, started, args.warmup)
         result.update(import_seconds=import_seconds, load_seconds=load_seconds)
-        result.update(_plan_numbers(model.engine))
+        result.update(_plan_numbers(engine))
     return result
 
 
-def _generate(engine, num_tokens: int, started: float) -> dict:
-    """Greedy decoding; behind every token one pass of reading alone, so that the disk is measured in the same minute."""
+@contextmanager
+def _opened(args: argparse.Namespace) -> Iterator:
+    """The engine that edgeinfer.load opens; another cache of experts may be asked for, the rest of the plan stays."""
+    import edgeinfer
+    from edgeinfer.engines.opening import Prepared
+    from edgeinfer.modelfile import read_model_file
+
+    if args.policy is None and not args.no_predict:
+        with edgeinfer.load(args.model, memory=args.memory, ctx=args.ctx, threads=args.threads) as model:
+            yield model.engine
+        return
+    prepared = Prepared(read_model_file(args.model), context_length=args.ctx, threads=args.threads)
+    plan = prepared.plan(args.memory)
+    if plan.pools is None:
+        raise ValueError("expected a plan with a cache of experts for --policy and --no-predict, found none")
+    policy = args.policy or plan.pools.policy
+    pools = replace(plan.pools, policy=policy, predict=plan.pools.predict and not args.no_predict)
+    with closing(prepared.start(replace(plan, pools=pools))) as engine:
+        yield engine
+
+
+def _generate(engine, num_tokens: int, started: float, warmup: int = 0) -> dict:
+    """Greedy decoding; behind every token reading alone, so that the disk is measured in the same minute: one pass of
+    what is streamed, or with a cache of experts about what a token misses.
+    """
+    from benchmarks.disk import ExpertMeter
     from edgeinfer.engines.llama import Sampler
+    from edgeinfer.modelfile import read_model_file
 
     sampler = Sampler(0, 1, None, engine.model)
     streaming = engine.mode == "streaming"
-    rates, streamed, waited = [], [], []
+    pools = engine.plan.pools
+    meter = ExpertMeter(read_model_file(engine.model.path)) if pools else None
+    rates, streamed, waited, experts = [], [], [], []
 
     def step(tokens: Sequence[int]) -> int:
         before = engine.statistics()
         engine.decode(tokens)
         after = engine.statistics()
+        experts.append(engine.expert_statistics())
         streamed.append(after.streamed_bytes - before.streamed_bytes)
         waited.append(after.wait_seconds - before.wait_seconds)
         return engine.sample(sampler)
 
     def read_alone() -> None:
         before = time.perf_counter()
-        if streaming:
+        if meter is not None:
+            rates.append(meter.read(METER_BYTES))
+        elif streaming:
             num_bytes = engine.read_pass()
             rates.append(num_bytes / (time.perf_counter() - before))
 
     prompt = engine.model.tokenize(PROMPT, True, True)
-    result = _decode_loop(step, prompt, num_tokens, started, read_alone)
+    result = _decode_loop(step, prompt, num_tokens, started, read_alone, warmup)
+    if meter is not None:
+        meter.close()
+        result.update(expert_numbers(experts[warmup], experts[-1], len(pools.layers)))
+    counted = slice(1 + warmup, None)
     return {
         **result,
-        "streamed_bytes_per_token": statistics.mean(streamed[1:]),
-        "disk_wait_fraction": statistics.median(waited[1:]) / result["median_token_seconds"],
+        "streamed_bytes_per_token": statistics.mean(streamed[counted]),
+        "disk_wait_fraction": statistics.median(waited[counted]) / result["median_token_seconds"],
         "read_alone_bytes_per_second": statistics.median(rates) if rates else None,
     }
+
+
+def expert_numbers(before: dict, after: dict, num_layers: int) -> dict:
+    """Shares out of two readings of the engine's counters. Recall counts the experts of all layers but the first, which
+    nothing predicts, also where prediction had switched itself off.
+    """
+    change = {name: after[name] - before[name] for name in after}
+    can_be_predicted = change["wanted"] * (num_layers - 1) / num_layers
+    return {
+        "experts_wanted": change["wanted"],
+        "hit_rate": _share(change["hits"], change["wanted"]),
+        "on_the_way": _share(change["guess_hits"], change["wanted"]),
+        "recall": _share(change["predicted_right"], can_be_predicted),
+        "precision": _share(change["predicted_right"], change["predicted"]),
+        "reads_ahead_used": _share(change["guesses_used"], change["guesses"]),
+    }
+
+
+def _share(part: float, whole: float) -> float | None:
+    return part / whole if whole else None
 
 
 def _plan_numbers(engine) -> dict:
@@ -96,6 +152,7 @@ def _plan_numbers(engine) -> dict:
     file = read_model_file(engine.model.path)
     sizes = {tensor.name: tensor.nbytes for tensor in file.tensors}
     return {
+        "expert_cache": _cache_numbers(plan.pools) if plan.pools else None,
         "mode": engine.mode,
         "budget_bytes": plan.budget_bytes,
         "overhead_bytes": plan.overhead_bytes,
@@ -103,6 +160,16 @@ def _plan_numbers(engine) -> dict:
         "ring_bytes": plan.ring_bytes,
         "planned_streamed_bytes": sum(sizes[name] for name in plan.streamed),
         "pass_weight_bytes": sum(sizes[name] for name in plan.resident | plan.streamed),
+    }
+
+
+def _cache_numbers(pools) -> dict:
+    return {
+        "policy": pools.policy,
+        "predict": pools.predict,
+        "slots": sum(pools.slots),
+        "experts": len(pools.layers) * pools.num_experts,
+        "bytes": pools.nbytes,
     }
 
 
@@ -139,7 +206,7 @@ def plain_result(args: argparse.Namespace) -> dict:
             context.decode(tokens)
             return sampler.sample(context)
 
-        result = _decode_loop(step, model.tokenize(PROMPT, True, True), args.tokens, started)
+        result = _decode_loop(step, model.tokenize(PROMPT, True, True), args.tokens, started, warmup=args.warmup)
     return {"load_seconds": load_seconds, **result}
 
 
@@ -149,17 +216,26 @@ def stock_result(args: argparse.Namespace) -> dict:
     started = time.perf_counter()
     model = StockModel(args.model, context_length=args.ctx, threads=args.threads, repack=args.repack)
     load_seconds = time.perf_counter() - started
-    result = _decode_loop(model.decode, model.tokenize(PROMPT), args.tokens, started)
+    result = _decode_loop(model.decode, model.tokenize(PROMPT), args.tokens, started, warmup=args.warmup)
     model.close()
     return {"load_seconds": load_seconds, "repack": args.repack, **result}
 
 
 def _decode_loop(
-    step: Callable, prompt: list[int], count: int, started: float, between: Callable[[], None] = lambda: None
+    step: Callable,
+    prompt: list[int],
+    count: int,
+    started: float,
+    between: Callable[[], None] = lambda: None,
+    warmup: int = 0,
 ) -> dict:
-    """The first token, then `count` more, each timed; `between` runs before each of them."""
+    """The first token, `warmup` more that are not counted, then `count` more, each timed; `between` runs before each
+    of these.
+    """
     tokens = [step(prompt)]
     first_token_seconds = time.perf_counter() - started
+    for _ in range(warmup):
+        tokens.append(step(tokens[-1:]))
     faults, token_seconds = major_faults(), []
     for _ in range(count):
         between()
@@ -186,6 +262,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("model")
     parser.add_argument("--memory", type=int, help="budget in bytes (edgeinfer)")
     parser.add_argument("--tokens", type=int, default=12, help="to decode after the first one")
+    parser.add_argument("--warmup", type=int, default=0, help="tokens between the first one and those that count")
+    parser.add_argument("--policy", help="of the cache of experts, instead of the default one (edgeinfer)")
+    parser.add_argument("--no-predict", action="store_true", help="no experts are read ahead (edgeinfer)")
     parser.add_argument(
         "--prefill", type=int, default=0, help="measure the prefill of so many tokens instead"
     )

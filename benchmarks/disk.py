@@ -1,12 +1,18 @@
-"""How fast the disk under a file reads past the page cache, with the reader that edgeinfer streams with."""
+"""How fast the disk under a file reads past the page cache, with reads like those of edgeinfer."""
 
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
+import random
 import time
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import cycle
 from pathlib import Path
+
+from edgeinfer.modelfile import ModelFile
 
 BLOCK_BYTES = 24 << 20  # about a large weight matrix
 RING_BYTES = 192 << 20
@@ -66,3 +72,58 @@ def fresh_memory_seconds_per_gb(num_bytes: int = 1_000_000_000, threads: int = 2
         if any(pool.map(touch, range(threads))):
             raise OSError(ctypes.get_errno(), "memory could not be touched")
     return (time.perf_counter() - started) / (share * threads / 1e9)
+
+
+class ExpertMeter:
+    """Measures the disk between tokens with reads like those of missing experts: the same matrices of the same file,
+    in random order, past the page cache, as many at a time. Holds one piece for each reading thread.
+    """
+
+    def __init__(self, file: ModelFile, threads: int = READING_THREADS, seed: int = 0):
+        reads = list(expert_reads(file))
+        random.Random(seed).shuffle(reads)
+        self._reads = cycle(reads)
+        self._size = max(size for _, _, size in reads)
+        self._files = [os.open(path, os.O_RDONLY | os.O_DIRECT) for path in file.paths]
+        self._buffers = [mmap.mmap(-1, self._size) for _ in range(threads)]
+        for buffer in self._buffers:
+            buffer[:: mmap.PAGESIZE] = bytes(len(range(0, self._size, mmap.PAGESIZE)))
+        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="meter")
+
+    def read(self, most_bytes: int) -> float:
+        """Read about so many bytes, at least one piece; bytes per second."""
+        count = max(1, most_bytes // self._size)
+        reads = [next(self._reads) for _ in range(count)]
+        started = time.perf_counter()
+        share = [reads[number :: len(self._buffers)] for number in range(len(self._buffers))]
+        total = sum(self._threads.map(self._read, self._buffers, share))
+        return total / (time.perf_counter() - started)
+
+    def _read(self, buffer: mmap.mmap, reads: Iterable[tuple[int, int, int]]) -> int:
+        return sum(
+            os.preadv(self._files[part], [memoryview(buffer)[:size]], offset) for part, offset, size in reads
+        )
+
+    def close(self) -> None:
+        self._threads.shutdown()
+        for file in self._files:
+            os.close(file)
+        for buffer in self._buffers:
+            buffer.close()
+
+
+def expert_reads(file: ModelFile) -> Iterable[tuple[int, int, int]]:
+    """(part, offset, bytes) of the whole pages around every expert's matrices, in pieces of CHUNK_BYTES at most.
+
+    ValueError for a model without experts.
+    """
+    page = mmap.PAGESIZE
+    tensors = [tensor for tensor in file.tensors if tensor.num_experts]
+    if not tensors:
+        raise ValueError(f"expected a mixture of experts, found none in {file.paths[0]}")
+    for tensor in tensors:
+        each = tensor.nbytes // tensor.num_experts
+        for start in range(tensor.offset, tensor.offset + tensor.nbytes, each):
+            end = -(-(start + each) // page) * page
+            for piece in range(start // page * page, end, CHUNK_BYTES):
+                yield tensor.part, piece, min(CHUNK_BYTES, end - piece)

@@ -34,6 +34,8 @@ class Settings:
     stock_tokens: int = 4  # the same, by stock llama.cpp, which is slow there
     memory_rounds: int = 3
     memory_tokens: int = 24  # decoded by each where everything fits
+    expert_warmup: int = 8  # decoded before those that count, to fill a cache of experts, and stock's page cache
+    expert_tokens: int = 24  # decoded by edgeinfer and in memory
     prefill: int = 512
     prefill_limits: int = 2  # how many of LIMIT_SHARES
     context: int = 512
@@ -41,7 +43,14 @@ class Settings:
     @classmethod
     def quick(cls, threads: int) -> Settings:
         return cls(
-            threads, rounds=1, tokens=6, stock_tokens=2, memory_rounds=1, memory_tokens=8, prefill_limits=1
+            threads,
+            rounds=1,
+            tokens=6,
+            stock_tokens=2,
+            memory_rounds=1,
+            memory_tokens=8,
+            expert_tokens=8,
+            prefill_limits=1,
         )
 
 
@@ -134,7 +143,7 @@ class Measurements:
             _say(
                 "{:.0%}, round {}: edgeinfer {:.3f}, stock {:.3f} tokens/s".format(share, number + 1, *rates)
             )
-            rounds.append({"edgeinfer": ours, "stock": theirs, "same_tokens": _same_start(ours, theirs)})
+            rounds.append({"edgeinfer": ours, "stock": theirs, "same_tokens": same_start(ours, theirs)})
         return {"limit_share": share, "limit_bytes": limit, "rounds": rounds}
 
     def _streaming_run(self, limit: int) -> dict:
@@ -226,7 +235,7 @@ def _ending(result: subprocess.CompletedProcess, kills: int) -> str:
     return f"ended with exit code {result.returncode}: {lines[-1] if lines else 'it said nothing'}"
 
 
-def _same_start(one: dict, other: dict) -> bool:
+def same_start(one: dict, other: dict) -> bool:
     """Whether two greedy runs agree as far as the shorter one goes."""
     return all(a == b for a, b in zip(one["tokens"], other["tokens"]))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.measure import median
+from benchmarks.report_experts import expert_rows
 
 GB = 1e9
 STOCK_GOALS = {0.45: 1.9, 0.78: 4.0}
@@ -15,7 +16,7 @@ Row = tuple[str, str, str]
 
 def report(results: dict) -> str:
     """`results` as benchmarks.run gathers them -> Markdown."""
-    machine, model = results["machine"], results["model"]
+    machine = results["machine"]
     lines = [
         f"{machine['processor']}, {machine['processors']} processors, {machine['memory_bytes'] / GB:.1f} GB "
         f"of memory, Linux {machine['kernel']}, {results['settings']['threads']} computing threads; "
@@ -23,8 +24,7 @@ def report(results: dict) -> str:
         "",
         f"Other processes used up to {results['others_cpu']:.0%} of the processors during a run.",
         "",
-        f"Model: {model['name']}, {model['weights_bytes'] / GB:.2f} GB of weights. "
-        "GB are 10^9 bytes, speeds are tokens per second.",
+        f"{_model(results)}GB are 10^9 bytes, speeds are tokens per second.",
         "",
         "| what | measured | wanted |",
         "| --- | --- | --- |",
@@ -40,7 +40,15 @@ def report(results: dict) -> str:
             rows += prefill_rows(part, results["prefill"]["plain"])
     if "in_memory" in results:
         rows += in_memory_rows(results["in_memory"])
+    if "experts" in results:
+        rows += expert_rows(results["experts"])
     return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows])
+
+
+def _model(results: dict) -> str:
+    """The dense model; nothing where only experts were measured."""
+    model = results.get("model")
+    return f"Model: {model['name']}, {model['weights_bytes'] / GB:.2f} GB of weights. " if model else ""
 
 
 def streaming_rows(part: dict, compute: float) -> list[Row]:

@@ -56,7 +56,7 @@ def gate_rows(stream: RandomStream, embedding: int, experts: int, used: int, rou
 
 
 def residual_gain(name: str, routing: str) -> float:
-    """Factor of the weights of that name: below 1 for those that turn the residual stream, where it has to turn less."""
+    """Factor of the weights of that name: below 1 for those that turn the residual stream, where it shall turn less."""
     return PREDICTABLE_GAIN if routing == "predictable" and name.endswith(RESIDUAL_OUTPUTS) else 1.0
 
 

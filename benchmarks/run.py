@@ -1,6 +1,6 @@
 """Measure edgeinfer against stock llama.cpp, in memory cgroups smaller than the model. Needs root.
 
-    python -m benchmarks.run [--quick] [--model PATH] [--only NAME] [--json FILE]
+    python -m benchmarks.run [--quick] [--model PATH] [--moe-model PATH] [--only NAME] [--json FILE]
 
 The method is described in docs/benchmarks.md.
 """
@@ -15,40 +15,54 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import llama_cpp
 import psutil
 
 from benchmarks.cgroup import CgroupError, check_writable, drop_page_cache
+from benchmarks.experts import measure_experts
 from benchmarks.measure import ChildError, Measurements, Settings
 from benchmarks.report import report
 from edgeinfer.errors import EdgeInferError
 from edgeinfer.system import default_threads
 
-PARTS = ("streaming", "prefill", "in_memory")  # methods of Measurements
-MODEL_SIZE = 3_300_000_000
+DENSE_PARTS = ("streaming", "prefill", "in_memory")  # methods of Measurements
+PARTS = (*DENSE_PARTS, "experts")
 BUSY_PERCENT = 10
 
+_EXPERTS = {"layers": 24, "embedding": 2048, "ffn": 736, "experts": 64, "experts_used": 8, "alignment": 4096}
+_MANY = {**_EXPERTS, "layers": 36, "embedding": 1024, "ffn": 192, "experts": 256}
+MODELS = {  # name: (architecture, options of benchmarks.maker.plan_model)
+    "dense": ("llama", {"size": 3_300_000_000}),
+    "predictable": ("mixtral", {**_EXPERTS, "routing": "predictable"}),
+    "unpredictable": ("mixtral", {**_EXPERTS, "routing": "unpredictable"}),
+    "small": ("mixtral", {**_MANY, "routing": "predictable"}),
+}
 
-def make_dense(work: Path) -> Path:
-    """The dense Q4_0 model of about 3.3 GB, made by the first call."""
-    from benchmarks.maker import make_model
 
-    path = work / "dense-q4_0.gguf"
+def make_once(name: str, work: Path) -> Path:
+    """The Q4_0 model of MODELS, made by the first call."""
+    from benchmarks.maker import plan_model, write_model
+
+    path = work / f"{name}-q4_0.gguf"
     if path.exists():
         return path
+    arch, options = MODELS[name]
+    recipe = plan_model(arch, "Q4_0", **options)
+    size = sum(tensor.nbytes for tensor in recipe.tensors)
     work.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(work).free
-    if free < MODEL_SIZE * 1.1:
+    if free < size * 1.1:
         raise SystemExit(
-            f"make bench: the model needs {MODEL_SIZE / 1e9:.1f} GB in {work}, which has {free / 1e9:.1f} GB "
-            "free. Give another folder with --work, or a model of your own with --model."
+            f"make bench: the {name} model needs {size / 1e9:.1f} GB in {work}, which has {free / 1e9:.1f} GB "
+            "free. Give another folder with --work, or a model of your own with --model or --moe-model."
         )
-    _say(f"making a model of {MODEL_SIZE / 1e9:.1f} GB in {work}, once")
-    return make_model(path, "llama", "Q4_0", size=MODEL_SIZE)
+    _say(f"making the {name} model of {size / 1e9:.1f} GB in {work}, once")
+    return write_model(path, recipe)
 
 
 def describe_machine() -> dict:
@@ -86,22 +100,51 @@ def _processor() -> str:
     return platform.machine()
 
 
-def gather(measurements: Measurements, parts: Sequence[str], results: dict) -> bool:
-    """Measure `parts` into `results`, one after the other. False where one failed; the others go on."""
+def gather(measure: dict[str, Callable[[], dict]], results: dict) -> bool:
+    """Measure each part into `results`, one after the other. False where one failed; the others go on."""
     good = True
-    for part in parts:
+    for part, function in measure.items():
         try:
-            results[part] = getattr(measurements, part)()
+            results[part] = function()
         except (ChildError, CgroupError, EdgeInferError, ValueError) as error:
             _say(f"make bench: {part}: {error}")
             good = False
     return good
 
 
+def measure_parts(parts: Sequence[str], args: argparse.Namespace, settings: Settings, results: dict) -> bool:
+    """All of `parts` into `results`, with the model that each needs; False where one failed."""
+    dense = [part for part in parts if part in DENSE_PARTS]
+    good, noise = True, 0.0
+    if dense:
+        measurements = Measurements(args.model or make_once("dense", args.work), settings)
+        results["model"] = {"name": measurements.model.name, "weights_bytes": measurements.weights_bytes}
+        good = gather({part: getattr(measurements, part) for part in dense}, results)
+        noise = measurements.noise
+    if "experts" in parts:
+        results["experts"] = {}
+        good &= gather(_expert_parts(args, settings), results["experts"])
+        noise = max([noise, *(model["noise"] for model in results["experts"].values())])
+    results["others_cpu"] = noise
+    return good
+
+
+def _expert_parts(args: argparse.Namespace, settings: Settings) -> dict[str, Callable[[], dict]]:
+    """How each mixture of experts is measured; only one of them is compared with stock llama.cpp, which is slow."""
+    if args.moe_model:
+        return {"given": lambda: measure_experts(args.moe_model, settings, compare=True)}
+
+    def measure(name: str) -> dict:
+        return measure_experts(make_once(name, args.work), settings, compare=name == "predictable")
+
+    return {name: partial(measure, name) for name in ("predictable", "unpredictable", "small")}
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, help="measure with this GGUF file instead of a made one")
-    parser.add_argument("--work", type=Path, default=Path("build/bench"), help="where the made model is kept")
+    parser.add_argument("--moe-model", type=Path, help="measure with this mixture of experts instead of made ones")
+    parser.add_argument("--work", type=Path, default=Path("build/bench"), help="where made models are kept")
     parts = [part.replace("_", "-") for part in PARTS]
     parser.add_argument("--only", choices=parts, help="measure only this")
     parser.add_argument(
@@ -126,16 +169,13 @@ def main(arguments: list[str] | None = None) -> int:
         names = ", ".join(f"{name} {percent:.0f} %" for name, percent in machine["busy"].items())
         _say(f"WARNING: other processes are busy, the numbers will be too low or noisy: {names}")
     results = {"machine": machine, "settings": asdict(settings)}
+    if not drop_page_cache():
+        _say("the page cache can only be dropped for the model's file: run as root to drop all of it")
     try:
-        measurements = Measurements(args.model or make_dense(args.work), settings)
+        good = measure_parts([args.only.replace("-", "_")] if args.only else PARTS, args, settings, results)
     except (EdgeInferError, OSError) as error:
         _say(f"make bench: {error}")
         return 1
-    results["model"] = {"name": measurements.model.name, "weights_bytes": measurements.weights_bytes}
-    if not drop_page_cache():
-        _say("the page cache can only be dropped for the model's file: run as root to drop all of it")
-    good = gather(measurements, [args.only.replace("-", "_")] if args.only else PARTS, results)
-    results["others_cpu"] = measurements.noise
     print(report(results))
     if args.json:
         args.json.write_text(json.dumps(results, indent=1))

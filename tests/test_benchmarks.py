@@ -1,6 +1,7 @@
 """The pieces of `make bench`: the bound, the limit, the processes under test, the table."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,9 @@ from tiny import tiny_model
 
 from benchmarks import cgroup, run
 from benchmarks.bound import Bound, first_token_limit
-from benchmarks.disk import BLOCK_BYTES, disk_bandwidth
+from benchmarks.child import expert_numbers
+from benchmarks.disk import BLOCK_BYTES, CHUNK_BYTES, ExpertMeter, disk_bandwidth, expert_reads
+from benchmarks.experts import cache_bound
 from benchmarks.measure import ChildError, Measurements, Noise, Settings
 from benchmarks.report import report
 from edgeinfer.modelfile import read_model_file
@@ -210,3 +213,121 @@ def test_the_table_tells_what_was_met():
 def test_a_speed_above_the_bound_is_no_success():
     assert "1.300 | above the bound: disturbed, measure again |" in report(_results(1.3))
     assert "0.800 | >= 0.9: NO |" in report(_results(0.8))
+
+
+@pytest.fixture(scope="module")
+def expert_model(tmp_path_factory):
+    return tiny_model(
+        tmp_path_factory.mktemp("experts"), "mixtral", "Q8_0", layers=6, ffn=1024, alignment=4096
+    )
+
+
+def test_the_bound_of_a_cache_of_experts():
+    assert cache_bound(0.1, 400 * MB, 2000 * MB) == pytest.approx(5)  # the disk takes 0.2 s
+    assert cache_bound(0.1, 100 * MB, 2000 * MB) == pytest.approx(10)  # computing takes longer
+
+
+def test_shares_out_of_the_counters_of_the_cache():
+    names = ("wanted", "hits", "guess_hits", "guesses", "guesses_used", "predicted", "predicted_right")
+    before = dict.fromkeys(names, 10)
+    after = {name: 10 + more for name, more in zip(names, (400, 300, 40, 80, 60, 380, 285))}
+    numbers = expert_numbers(before, after, num_layers=20)
+    assert numbers["hit_rate"] == 0.75 and numbers["on_the_way"] == 0.1
+    assert numbers["recall"] == 0.75  # 285 of the 380 experts that are not in the first layer
+    assert numbers["precision"] == 0.75 and numbers["reads_ahead_used"] == 0.75
+    nothing = expert_numbers(after, after, num_layers=20)
+    assert nothing["hit_rate"] is None and nothing["recall"] is None
+
+
+def test_the_meter_reads_the_experts_and_nothing_else(expert_model):
+    file = read_model_file(expert_model)
+    reads = list(expert_reads(file))
+    experts = [tensor for tensor in file.tensors if tensor.num_experts]
+    assert len(experts) == 18
+    for tensor in experts:
+        inside = sum(size for _, start, size in reads if tensor.offset <= start < tensor.offset + tensor.nbytes)
+        assert tensor.nbytes <= inside < tensor.nbytes + 2 * 4096 * tensor.num_experts
+    assert all(size <= CHUNK_BYTES and size % 4096 == start % 4096 == 0 for _, start, size in reads)
+
+
+@needs_streaming
+def test_the_meter_measures_the_disk(expert_model, model):
+    meter = ExpertMeter(read_model_file(expert_model), threads=2)
+    try:
+        assert 1e6 < meter.read(4 * MB) < 1e11
+    finally:
+        meter.close()
+    with pytest.raises(ValueError, match="expected a mixture of experts, found none"):
+        ExpertMeter(read_model_file(model))
+
+
+@needs_streaming
+def test_the_child_runs_another_cache_of_experts(expert_model):
+    command = [sys.executable, "-m", "benchmarks.child", "edgeinfer", str(expert_model), "--memory", "1000000"]
+    refused = subprocess.run([*command, "--ctx", "256"], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    budget = int(re.findall(r"\((\d+) bytes\)", refused.stderr)[-1]) + (3 << 20)
+    options = ("--tokens", 6, "--warmup", 2, "--ctx", 256)
+    stock = _child("stock", expert_model, *options)
+    default = _child("edgeinfer", expert_model, "--memory", budget, *options)
+    lru = _child("edgeinfer", expert_model, "--memory", budget, "--policy", "lru", "--no-predict", *options)
+    assert default["tokens"] == lru["tokens"] == stock["tokens"] and len(stock["tokens"]) == 9
+    assert default["expert_cache"]["predict"] and not lru["expert_cache"]["predict"]
+    assert lru["expert_cache"]["policy"] == "lru"
+    assert lru["expert_cache"]["slots"] < lru["expert_cache"]["experts"] == 48
+    for run in (default, lru):
+        assert run["experts_wanted"] == 6 * 6 * 2  # tokens, layers, experts used
+        assert run["read_alone_bytes_per_second"] > 0
+    assert lru["recall"] == 0 and lru["precision"] is None
+    assert default["recall"] > 0
+
+
+def _expert_results(tokens_per_second):
+    """What measuring a mixture of experts gives, in round numbers: the bound is 10 tokens/s."""
+    run = {
+        "tokens_per_second": tokens_per_second, "bound": 10.0, "bound_share": tokens_per_second / 10,
+        "recall": 0.85, "precision": 0.85, "reads_ahead_used": 0.8, "hit_rate": 0.9, "on_the_way": 0.05,
+        "expert_cache": {"policy": "lru", "predict": True, "slots": 700, "experts": 1536},
+        "streamed_bytes_per_token": 2e8, "disk_wait_fraction": 0.1, "read_alone_bytes_per_second": 2e9,
+        "peak_memory_bytes": 2.1e9, "oom_kills": 0,
+    }  # fmt: skip
+    prefill = {**run, "prefill_tokens": 512, "prefill_tokens_per_second": 20.0, "prefill_streamed_bytes": 4e9}
+    model = {
+        "name": "m.gguf", "weights_bytes": 4e9, "limit_share": 0.52, "limit_bytes": 2_080_000_000,
+        "compute_seconds": 0.1, "lru": run, "nearly_all": {"limit_share": 0.9, "rounds": [{"on": run}]},
+        "rounds": [{"on": run, "off": run, "stock": {"tokens_per_second": 0.3}, "same_tokens": True}],
+        "prefill": {**prefill, "budget_bytes": 2_080_000_000},
+    }  # fmt: skip
+    results = _results(0.95)
+    del results["model"], results["streaming"]
+    return {**results, "experts": {"predictable": model}}
+
+
+def test_the_table_of_experts_tells_what_was_met():
+    rows = {row.split(" | ")[0].lstrip("| "): row for row in report(_expert_results(8.0)).splitlines()}
+    assert rows["predictable 52%: ratio to stock"].endswith("| 26.7 | >= 22: yes |")
+    # predictable routing has the higher goal; without prediction the lower one holds
+    assert rows["predictable 52%: bound, share of it, prediction on"].endswith("| 10.00, 0.800 | >= 0.9: NO |")
+    assert rows["predictable 52%: bound, share of it, prediction off"].endswith("| >= 0.75: yes |")
+    assert rows["predictable 90%: edgeinfer / all in memory, the same kernels"].endswith("(0.800) | >= 0.9: NO |")
+    assert rows["predictable 52%: memory (VmHWM), that prefill"].endswith("| within: NO |")
+    assert "above the bound" in report(_expert_results(12.0))
+
+
+def test_experts_alone_need_no_dense_model(monkeypatch, tmp_path):
+    measured = []
+
+    def measure(path, settings, compare):
+        measured.append((path, compare))
+        return {"noise": 0.5}
+
+    monkeypatch.setattr(run, "measure_experts", measure)
+    monkeypatch.setattr(run, "make_once", lambda name, work: work / name)
+    args = run.argparse.Namespace(model=None, moe_model=None, work=tmp_path)
+    results = {}
+    assert run.measure_parts(["experts"], args, Settings(threads=1), results)
+    assert [(path.name, compare) for path, compare in measured] == [
+        ("predictable", True),
+        ("unpredictable", False),
+        ("small", False),
+    ]
+    assert results["others_cpu"] == 0.5 and "model" not in results
