@@ -38,6 +38,8 @@ static bool fully_issued(const expert_kind *kind, const expert_slot *slot, uint3
 bool experts_next_chunk(expert_cache *cache, size_t most, pager_chunk *c, bool needed)
 {
     expert_queue *q = needed ? &cache->needed : &cache->guessed;
+    if (!needed && cache->guesses_in_flight == EXPERT_GUESSES_IN_FLIGHT)
+        return false;
     for (; q->count > 0; q->first = (q->first + 1) % q->capacity, q->count--) {
         expert_request r = q->entries[q->first];
         expert_kind *kind = kind_of_key(cache, r.key);
@@ -52,9 +54,11 @@ bool experts_next_chunk(expert_cache *cache, size_t most, pager_chunk *c, bool n
         t->state = TRANSFER_READING;
         *c = (pager_chunk){.source = layer->source[r.matrix], .transfer = t, .total = kind->bytes[r.matrix],
                            .to = t->to + t->issued, .offset = start + t->issued, .length = length, .needed = length,
-                           .wanted_offset = start, .wanted_bytes = kind->bytes[r.matrix], .slot = slot};
+                           .wanted_offset = start, .wanted_bytes = kind->bytes[r.matrix], .slot = slot,
+                           .guess = !needed};
         t->issued += length;
         slot->in_flight++;
+        cache->guesses_in_flight += !needed;
         return true;
     }
     return false;

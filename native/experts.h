@@ -14,6 +14,8 @@
 
 #define EXPERT_MATRICES 3
 #define EXPERT_NONE UINT32_MAX
+/* Pieces of guesses that are read at once: more would stand before what is needed next, which cannot overtake them. */
+#define EXPERT_GUESSES_IN_FLIGHT 3
 
 /* Layers whose experts are alike, and their pool. */
 typedef struct {
@@ -73,6 +75,7 @@ typedef struct expert_cache {
     uint32_t *slot_of_key;
 
     expert_queue needed, guessed;
+    unsigned guesses_in_flight;
     uint64_t selection;      /* number of the current one */
     uint32_t layer;          /* of the current selection */
     uint32_t *chosen;        /* its slots, by expert in ascending order */

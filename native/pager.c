@@ -205,6 +205,8 @@ static void *reading_thread(void *argument)
             p->statistics.busy_ns += now_ns() - p->busy_since_ns;
         if (c.slot != NULL)
             c.slot->in_flight--;
+        if (c.guess)
+            p->experts->guesses_in_flight--;
         if (error != 0)
             pager_fail_read_locked(p, error, c.source, c.wanted_offset, c.wanted_bytes);
         else

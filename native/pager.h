@@ -44,6 +44,7 @@ typedef struct {
     uint64_t wanted_offset, wanted_bytes; /* what it is a piece of, for messages */
     bool resident;
     struct expert_slot *slot; /* NULL: not of an expert */
+    bool guess;               /* of one that may not be wanted */
 } pager_chunk;
 
 typedef struct {
