@@ -92,6 +92,7 @@ class Plan:
     rows: frozenset[str]
     ring_bytes: int
     pools: ExpertPools | None = None
+    experts_used: int = 0  # by a token, in each layer that has experts
     budget_bytes: int = 0
     ledger: Ledger = field(default_factory=Ledger)
     chunk_bytes: int = MIB
@@ -192,10 +193,12 @@ def make_plan(
         smallest = sum(overhead.values()) + _smallest_weights(names, pinned, sizes)
         if pools is not None:
             smallest += pools.nbytes + _pool_overhead(pools, ubatch)
+            if not pooled:  # experts so few and small that all of them take less than a cache does
+                smallest = min(smallest, sum(overhead.values()) + total + sum(sizes[name] for name in pools.names))
         raise BudgetError(
             f"The budget of {format_size(budget_bytes)} is too small for this model: the smallest that works is "
-            f"{format_size(smallest + MIB)} ({smallest + MIB} bytes). Raise --memory, or shorten --ctx to make the KV "
-            "cache smaller.",
+            f"{format_size(smallest + MIB)} ({smallest + MIB} bytes). Raise --memory, or give a smaller --ctx: the "
+            f"KV cache takes {format_size(overhead.get('kv_cache', 0))} of it.",
             smallest_bytes=smallest + MIB,
         )
     resident, streamed, ring = best
@@ -210,6 +213,7 @@ def make_plan(
         rows=rows,
         ring_bytes=ring,
         pools=pools,
+        experts_used=experts_used,
         budget_bytes=budget_bytes,
         ledger=Ledger(entries),
     )
@@ -322,8 +326,20 @@ def _smallest_weights(names: set[str], pinned: set[str], sizes: Mapping[str, int
 
 
 def predict(plan: Plan, uses: Sequence[WeightUse], device: Device, types: Mapping[str, str]) -> float:
-    """Tokens per second of decoding under `plan`: 1 / max(computing, reading), as the device does them alone."""
-    products = [use for use in uses if not (use.rows and use.name not in plan.resident)]
-    compute = sum(device.compute_seconds(types.get(use.name, ""), use.nbytes) for use in products)
-    streamed = sum(use.nbytes for use in products if use.name in plan.streamed)
+    """Tokens per second of decoding under `plan`: 1 / max(computing, reading), as the device does them alone.
+
+    Experts are taken to be used evenly: a cache that holds a half of them is missed by a half.
+    """
+    pools = plan.pools
+    compute = streamed = 0.0
+    for use in uses:
+        if use.rows:
+            continue
+        share = plan.experts_used / use.experts if use.experts and plan.experts_used else 1.0
+        compute += device.compute_seconds(types.get(use.name, ""), use.nbytes) * share
+        if use.name in plan.streamed:
+            streamed += use.nbytes
+        elif pools is not None and use.name in pools.names:
+            held = sum(pools.slots) / (len(pools.layers) * pools.num_experts)
+            streamed += use.nbytes * share * max(0.0, 1 - held)
     return 1 / max(compute, streamed / device.disk_bytes_per_second)

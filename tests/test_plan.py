@@ -112,3 +112,20 @@ def test_the_prediction_is_the_slower_of_disk_and_processor():
     uses = model()
     plan = plan_for(uses, 400 * MIB)
     assert speed_for(uses, plan) == pytest.approx(1e9 / total(uses, plan.streamed))
+
+
+def test_rows_that_are_looked_up_are_not_counted_as_computed():
+    uses = model()
+    whole = make_plan(uses, 1400 * MIB, OVERHEAD)  # the table is kept too
+    assert speed_for(uses, whole) == pytest.approx(speed_for(uses, plan_for(uses, 1400 * MIB)))
+
+
+def test_experts_are_computed_and_missed_by_the_share_that_a_token_uses():
+    uses = [WeightUse(f"blk.{n}.ffn_{part}_exps.weight", 64 * MIB, experts=16, layer=n)
+            for n in range(4) for part in ("gate", "up", "down")]
+    plan = make_plan(uses, sum(OVERHEAD.values()) + 450 * MIB, OVERHEAD, experts_used=2)
+    held = plan.pools.slots[0] / 64
+    assert plan.ledger.total <= plan.budget_bytes
+    assert 0.4 < held < 0.6
+    missed = 12 * 64 * MIB * 2 / 16 * (1 - held)
+    assert speed_for(uses, plan) == pytest.approx(1e9 / missed)

@@ -15,7 +15,7 @@ from edgeinfer.plan import Plan
 from edgeinfer.system import STREAMING_OFF, streaming_support
 
 GIB = 1 << 30
-PLACES = ("resident", "streamed", "rows")
+PLACES = {"resident": "in memory", "streamed": "streamed", "cached": "cached", "rows": "rows only"}
 
 
 @click.command(
@@ -67,6 +67,7 @@ def describe(file: ModelFile, plan: Plan) -> dict:
         "resident_bytes": totals["resident"],
         "streamed_bytes_per_token": totals["streamed"],
         "ring_bytes": plan.ring_bytes,
+        "expert_cache_bytes": plan.pools.nbytes if plan.pools else 0,
         "overhead_bytes": plan.overhead_bytes,
         "ledger": dict(plan.ledger.entries),
         "parts": {group: dict(counts) for group, counts in parts.items()},
@@ -76,22 +77,28 @@ def describe(file: ModelFile, plan: Plan) -> dict:
 
 def _places(plan: Plan, name: str) -> tuple[str, ...]:
     """A tied embedding can be in two places: its rows, and the whole matrix."""
-    return tuple(place for place in PLACES if name in getattr(plan, place)) or ("unused",)
+    found = [place for place in ("resident", "streamed", "rows") if name in getattr(plan, place)]
+    if plan.pools is not None and name in plan.pools.names:
+        found.append("cached")
+    return tuple(found) or ("unused",)
 
 
 def table(facts: dict) -> str:
     """The facts for people."""
+    shown = [place for place in PLACES if place != "cached" or facts["expert_cache_bytes"]]
     lines = [
         f"Budget {format_size(facts['budget_bytes'])}, weights {format_size(facts['weights_bytes'])}: "
         + ("everything stays in memory" if facts["mode"] == "in-memory" else "weights are streamed"),
         "",
-        f"{'part':<24}{'in memory':>12}{'streamed':>12}{'rows only':>12}",
+        f"{'part':<24}" + "".join(f"{PLACES[place]:>12}" for place in shown),
     ]
     for group, sizes in sorted(facts["parts"].items(), key=lambda item: -sum(item[1].values())):
-        cells = [format_size(sizes[place]) if sizes.get(place) else "-" for place in PLACES]
+        cells = [format_size(sizes[place]) if sizes.get(place) else "-" for place in shown]
         lines.append(f"{group:<24}" + "".join(f"{cell:>12}" for cell in cells))
     lines += ["", "The process holds", _ledger(facts), ""]
     speed, more = facts["predicted_tokens_per_second"], facts["predicted_tokens_per_second_with_1_gib_more"]
+    if facts["expert_cache_bytes"]:
+        lines.append(f"Experts are read into a cache of {format_size(facts['expert_cache_bytes'])} as they are wanted.")
     if facts["mode"] == "streaming":
         per_token = format_size(facts["streamed_bytes_per_token"])
         lines.append(f"Reads {per_token} a token; the disk gives {facts['disk_bytes_per_second'] / 1e9:.2f} GB/s.")

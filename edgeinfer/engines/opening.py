@@ -70,7 +70,7 @@ def check_request(
     """(model file, budget in bytes, context in tokens) of what was asked for, checked before anything is loaded."""
     file = read_model_file(path)
     file.check_can_generate()
-    budget = memory if isinstance(memory, int) else parse_size(memory) if memory else default_budget()
+    budget = default_budget() if memory is None else memory if isinstance(memory, int) else parse_size(memory)
     length = context_length or min(file.context_length or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
     if streaming_support():
         check_kv_cache_fits(file, length, budget, lambda context: _smallest_budget(file, context, threads))

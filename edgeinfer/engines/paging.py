@@ -15,6 +15,7 @@ import threading
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import llama_cpp
 
@@ -197,7 +198,9 @@ class PagedModel:
             products[use.name] for use in uses if use.name in products and not (use.rows and use.name in rows)
         ]
         self._ring = _native.Arena(plan.ring_bytes) if plan.ring_bytes else None
-        self.pager = _native.Pager(
+        self._check_files()
+        self.pager = self._checked(
+            _native.Pager,
             [(str(path), plan.direct) for path in self.file.paths],
             blocks,
             self._order,
@@ -281,9 +284,9 @@ class PagedModel:
     def expert_statistics(self) -> dict:
         return self.pager.expert_statistics()
 
-    def _checked(self, call: Callable, *arguments: object) -> None:
+    def _checked(self, call: Callable, *arguments: object) -> Any:
         try:
-            call(*arguments)
+            return call(*arguments)
         except OSError as error:
             if error.errno == errno.ECANCELED:
                 raise
