@@ -101,7 +101,8 @@ def table(facts: dict) -> str:
         lines.append(f"Experts are read into a cache of {format_size(facts['expert_cache_bytes'])} as they are wanted.")
     if facts["mode"] == "streaming":
         per_token = format_size(facts["streamed_bytes_per_token"])
-        lines.append(f"Reads {per_token} a token; the disk gives {facts['disk_bytes_per_second'] / 1e9:.2f} GB/s.")
+        reads = f"Reads {per_token} a token; the" if facts["streamed_bytes_per_token"] else "The"
+        lines.append(f"{reads} disk gives {facts['disk_bytes_per_second'] / 1e9:.2f} GB/s.")
     if speed:
         lines.append(f"Predicted: {speed:.2f} tokens/s; with 1 GiB more: {more:.2f} tokens/s.")
     return "\n".join(lines)
