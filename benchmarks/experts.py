@@ -83,23 +83,23 @@ class ExpertMeasurements:
         return round(self.runs.weights_bytes * share)
 
     def _plain(self) -> dict:
-        run = self.runs.child("plain", *self._tokens(self.settings.expert_tokens))
+        run = self.runs.child("plain", *self._tokens(self.settings.expert_tokens, self.settings.expert_warmup))
         _say(f"{self.runs.model.name} in memory, the same kernels: {run['tokens_per_second']:.3f} tokens/s")
         return run
 
     def _decode(self, share: float, *options: str) -> dict:
         limit = self._limit(share)
         drop_page_cache(self.runs.file.paths)
-        tokens = self._tokens(self.settings.expert_tokens)
+        tokens = self._tokens(self.settings.expert_tokens, self.settings.expert_warmup)
         return self.runs.child("edgeinfer", "--memory", limit - METER_BYTES, *tokens, *options, limit=limit)
 
     def _stock(self, share: float) -> dict:
         drop_page_cache(self.runs.file.paths)
-        tokens = self._tokens(self.settings.stock_tokens)
+        tokens = self._tokens(self.settings.stock_tokens, self.settings.stock_warmup)
         return self.runs.child("stock", *tokens, limit=self._limit(share))
 
-    def _tokens(self, count: int) -> tuple[str, ...]:
-        return "--tokens", str(count), "--warmup", str(self.settings.expert_warmup)
+    def _tokens(self, count: int, warmup: int) -> tuple[str, ...]:
+        return "--tokens", str(count), "--warmup", str(warmup)
 
     def _prefill(self) -> dict:
         """One batch of prefill in a cgroup of the budget's size; the meter is not used."""

@@ -34,7 +34,8 @@ class Settings:
     stock_tokens: int = 4  # the same, by stock llama.cpp, which is slow there
     memory_rounds: int = 3
     memory_tokens: int = 24  # decoded by each where everything fits
-    expert_warmup: int = 8  # decoded before those that count, to fill a cache of experts, and stock's page cache
+    expert_warmup: int = 24  # decoded before those that count, to fill a cache of experts: new memory is slow
+    stock_warmup: int = 8  # the same, to fill the page cache
     expert_tokens: int = 24  # decoded by edgeinfer and in memory
     prefill: int = 512
     prefill_limits: int = 2  # how many of LIMIT_SHARES
