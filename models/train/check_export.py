@@ -1,6 +1,6 @@
 """Check an F32 export against stock llama.cpp: same token ids as SentencePiece, same logits as PyTorch.
 
-    python models/train/check_export.py --data DATA --work WORK
+    python models/train/check_export.py --data DATA --work WORK [--model story-moe]
 
 Needs the checkpoint of train_story.py in WORK, and llama-cpp-python. Exits with 1 when anything differs.
 """
@@ -18,7 +18,7 @@ import torch
 
 from corpus import held_out_stories
 from export import write_gguf
-from model import Config, Model
+from model import CONFIGS, Model
 from train_story import HERE, load_tokens
 
 LOGITS_TOLERANCE = 1e-3
@@ -50,15 +50,16 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=os.environ.get("EDGEINFER_TEST_DATA"))
     parser.add_argument("--work", type=Path, default=HERE / "cache")
+    parser.add_argument("--model", choices=sorted(CONFIGS), default="story")
     arguments = parser.parse_args()
-    config = Config()
+    config = CONFIGS[arguments.model]
     tokens = load_tokens(arguments.data / "text", arguments.work, config.vocab_size)
     model = Model(config).eval()
-    model.load_state_dict(torch.load(arguments.work / "checkpoint.pt", weights_only=True)["model"])
+    model.load_state_dict(torch.load(arguments.work / f"{arguments.model}.pt", weights_only=True)["model"])
     stories = held_out_stories(arguments.data / "text")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "story-f32.gguf"
-        write_gguf(model, tokens.tokenizer, path, "F32")
+        write_gguf(model, tokens.tokenizer, path, arguments.model, "F32")
         llama = llama_cpp.Llama(
             str(path), n_ctx=config.context_length, n_batch=512, n_threads=2, logits_all=True,
             type_k=llama_cpp.GGML_TYPE_F32, type_v=llama_cpp.GGML_TYPE_F32, verbose=False)

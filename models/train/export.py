@@ -1,6 +1,7 @@
 """A trained model and its tokenizer as one GGUF file that stock llama.cpp runs."""
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import gguf
@@ -10,8 +11,7 @@ import torch
 
 from model import Model
 
-NAME = "edgeinfer-story"
-DESCRIPTION = ("A small English story model, trained from scratch on TinyStories excerpts and public-domain "
+DESCRIPTION = ("A small English {kind}, trained from scratch on TinyStories excerpts and public-domain "
                "children's books.")
 TYPES = {
     "F32": (gguf.GGMLQuantizationType.F32, gguf.LlamaFileType.ALL_F32),
@@ -22,6 +22,8 @@ LAYER_TENSORS = {
     "attention_norm.weight": "attn_norm", "attention.q.weight": "attn_q", "attention.k.weight": "attn_k",
     "attention.v.weight": "attn_v", "attention.out.weight": "attn_output", "ffn_norm.weight": "ffn_norm",
     "ffn.gate.weight": "ffn_gate", "ffn.up.weight": "ffn_up", "ffn.down.weight": "ffn_down",
+    "ffn.router.weight": "ffn_gate_inp", "ffn.experts.gate.weight": "ffn_gate_exps",
+    "ffn.experts.up.weight": "ffn_up_exps", "ffn.experts.down.weight": "ffn_down_exps",
 }
 # The model continues a text; a chat is the text so far, each further request a new paragraph.
 CHAT_TEMPLATE = ("{{ bos_token }}{% for message in messages %}"
@@ -37,6 +39,20 @@ def gguf_name(name: str) -> str:
         return "output_norm.weight"
     _, layer, rest = name.split(".", 2)
     return f"blk.{layer}.{LAYER_TENSORS[rest]}.weight"
+
+
+def export_tensors(model: Model) -> dict[str, np.ndarray]:
+    """llama.cpp's names and our values; the experts' matrices of a layer stacked, (experts, out, in)."""
+    stacks: dict[str, list[np.ndarray]] = {}
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        values = parameter.detach().to(torch.float32).numpy()
+        stack = re.sub(r"\.experts\.\d+\.", ".experts.", name)  # parameters come in the order of the experts
+        if stack == name:
+            tensors[gguf_name(name)] = values
+        else:
+            stacks.setdefault(gguf_name(stack), []).append(values)
+    return tensors | {name: np.stack(values) for name, values in stacks.items()}
 
 
 def write_vocabulary(writer: gguf.GGUFWriter, tokenizer: sentencepiece.SentencePieceProcessor) -> None:
@@ -68,14 +84,15 @@ def write_vocabulary(writer: gguf.GGUFWriter, tokenizer: sentencepiece.SentenceP
 
 
 def write_gguf(
-    model: Model, tokenizer: sentencepiece.SentencePieceProcessor, path: Path, type_name: str
+    model: Model, tokenizer: sentencepiece.SentencePieceProcessor, path: Path, name: str, type_name: str
 ) -> None:
-    """Write `model` to `path`; matrices in `type_name` (F32, F16 or Q8_0), norms in F32."""
+    """Write `model` to `path`; matrices in `type_name` (F32, F16 or Q8_0), norms and routers in F32."""
     config = model.config
     matrix_type, file_type = TYPES[type_name]
     writer = gguf.GGUFWriter(path, "llama")
-    writer.add_name(NAME)
-    writer.add_description(DESCRIPTION)
+    writer.add_name(f"edgeinfer-{name}")
+    kind = "mixture-of-experts story model" if config.num_experts else "story model"
+    writer.add_description(DESCRIPTION.format(kind=kind))
     writer.add_license("CDLA-Sharing-1.0")
     writer.add_languages(["en"])
     writer.add_context_length(config.context_length)
@@ -88,13 +105,16 @@ def write_gguf(
     writer.add_rope_dimension_count(config.head_length)
     writer.add_rope_freq_base(config.rope_base)
     writer.add_vocab_size(config.vocab_size)
+    if config.num_experts:
+        writer.add_expert_count(config.num_experts)
+        writer.add_expert_used_count(config.num_experts_used)
     writer.add_file_type(file_type)
     write_vocabulary(writer, tokenizer)
-    for name, parameter in model.named_parameters():
-        values = parameter.detach().to(torch.float32).numpy()
-        type_ = matrix_type if values.ndim == 2 else gguf.GGMLQuantizationType.F32
+    for tensor_name, values in export_tensors(model).items():
+        small = values.ndim == 1 or ".ffn_gate_inp." in tensor_name
+        type_ = gguf.GGMLQuantizationType.F32 if small else matrix_type
         data = gguf.quantize(np.ascontiguousarray(values), type_)
-        writer.add_tensor(gguf_name(name), data, raw_dtype=type_)
+        writer.add_tensor(tensor_name, data, raw_dtype=type_)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -1,4 +1,4 @@
-"""The network: llama architecture with tied embeddings, in PyTorch.
+"""The network: llama architecture with tied embeddings, dense or with experts, in PyTorch.
 
 RoPE turns neighbouring pairs (2i, 2i+1), as llama.cpp's `llama` architecture does, so the query and key
 matrices are exported without a permutation. Matrices are stored (out, in), as GGUF expects.
@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from experts import Experts
+
 
 @dataclass(frozen=True)
 class Config:
@@ -21,10 +23,12 @@ class Config:
     num_layers: int = 7
     num_heads: int = 8
     num_kv_heads: int = 4
-    ffn_length: int = 768
+    ffn_length: int = 768  # of one expert, where there are experts
     context_length: int = 512
     rope_base: float = 10000.0
     norm_epsilon: float = 1e-5
+    num_experts: int = 0  # 0: a dense model
+    num_experts_used: int = 0
 
     @property
     def head_length(self) -> int:
@@ -32,6 +36,14 @@ class Config:
 
     def as_dict(self) -> dict[str, int | float]:
         return asdict(self)
+
+
+CONFIGS = {
+    "story": Config(),
+    "story-moe": Config(num_layers=8, ffn_length=64, num_experts=16, num_experts_used=2),
+}
+# Of the layers' balance losses: enough that no expert dies, little enough that experts specialise.
+BALANCE_WEIGHT = 0.01
 
 
 def rotation(config: Config) -> tuple[torch.Tensor, torch.Tensor]:
@@ -90,7 +102,11 @@ class Layer(nn.Module):
         self.attention_norm = nn.RMSNorm(config.embedding_length, eps=config.norm_epsilon)
         self.attention = Attention(config)
         self.ffn_norm = nn.RMSNorm(config.embedding_length, eps=config.norm_epsilon)
-        self.ffn = FeedForward(config)
+        if config.num_experts:
+            experts = [FeedForward(config) for _ in range(config.num_experts)]
+            self.ffn = Experts(experts, config.embedding_length, config.num_experts_used)
+        else:
+            self.ffn = FeedForward(config)
         self.dropout = dropout
 
     def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -128,9 +144,12 @@ class Model(nn.Module):
         return F.linear(self.norm(x), self.embedding.weight)
 
     def loss(self, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Mean cross-entropy, in nats a token."""
+        """Mean cross-entropy, in nats a token; with experts in training, plus the weighted balance loss."""
         logits = self(ids)
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+        if self.training and self.config.num_experts:
+            loss = loss + BALANCE_WEIGHT * sum(layer.ffn.balance for layer in self.layers)
+        return loss
 
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())

@@ -1,11 +1,12 @@
-"""Train edgeinfer's embedded default model and export it as GGUF.
+"""Train edgeinfer's story models and export them as GGUF: the dense embedded default and one with experts.
 
     pip install 'edgeinfer[train]'
     python models/train/train_story.py --data DATA --work WORK
+    python models/train/train_story.py --data DATA --work WORK --model story-moe --dense WORK/story.pt
 
 DATA holds `text/tinystories-1.txt`, `text/tinystories-2.txt` and `text/books/*.md`. WORK keeps the tokenizer,
-the token streams and a checkpoint: run the same command again to go on after an interruption. The learning
-rate is flat, then falls to zero over the last --decay-steps; `touch WORK/decay` starts that fall at once.
+the token streams and a checkpoint a model: run the same command again to go on after an interruption.
+The learning rate is flat, then falls to zero over the last --decay-steps; `touch WORK/decay` starts it.
 A finished run with a larger --steps goes on: the rate rises again and falls at the new end (WSD-S,
 arXiv:2410.05192). `--export-only` writes the GGUF from the latest checkpoint.
 """
@@ -27,7 +28,8 @@ from torch.nn import functional as F
 from corpus import read_corpus
 from data import Windows, encode, train_tokenizer
 from export import TYPES, write_gguf
-from model import Config, Model
+from model import CONFIGS, Config, Model
+from upcycle import start_from_dense
 
 HERE = Path(__file__).resolve().parent
 WARM_UP_STEPS = 100
@@ -42,14 +44,16 @@ def parse_arguments() -> argparse.Namespace:
     default_data = os.environ.get("EDGEINFER_TEST_DATA")
 
     def option(name: str, help: str, **kwargs: object) -> None:
-        default = "" if kwargs.get("required") or kwargs.get("action") else " (default: %(default)s)"
+        default = " (default: %(default)s)" if kwargs.get("default") is not None else ""
         parser.add_argument(name, help=help + default, **kwargs)
 
     option("--data", "folder that holds text/; $EDGEINFER_TEST_DATA if set",
            type=Path, default=default_data, required=default_data is None)
     option("--work", "folder for tokenizer, tokens and checkpoint", type=Path, default=HERE / "cache")
-    option("--output", "GGUF to write", type=Path, default=HERE.parent / "story.gguf")
+    option("--model", "which model", choices=sorted(CONFIGS), default="story")
+    option("--output", "GGUF to write (default: MODEL.gguf beside this folder)", type=Path)
     option("--type", "type of the matrices in the GGUF", choices=sorted(TYPES), default="Q8_0")
+    option("--dense", "checkpoint of the dense model from which a model with experts starts", type=Path)
     option("--steps", "optimizer steps in all", type=int, default=3600)
     option("--decay-steps", "steps of the final decay", type=int, default=1000)
     option("--batch", "windows of 512 tokens a step", type=int, default=8)
@@ -58,7 +62,11 @@ def parse_arguments() -> argparse.Namespace:
     option("--threads", "computing threads", type=int, default=2)
     option("--compile", "use torch.compile: faster steps, a minute to start", action="store_true")
     option("--export-only", "write the GGUF from the checkpoint, train nothing", action="store_true")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.dense and not CONFIGS[arguments.model].num_experts:
+        parser.error(f"--dense is for a model with experts; {arguments.model} has none: name another --model")
+    arguments.output = arguments.output or HERE.parent / f"{arguments.model}.gguf"
+    return arguments
 
 
 @dataclass
@@ -128,7 +136,7 @@ class Trainer:
         self.books = Windows(tokens.books, config.context_length, arguments.seed)
         self.step = 0
         self.decay_start = arguments.steps - arguments.decay_steps
-        self.checkpoint = arguments.work / "checkpoint.pt"
+        self.checkpoint = arguments.work / f"{arguments.model}.pt"
 
     @property
     def last_step(self) -> int:
@@ -219,12 +227,16 @@ def main() -> int:
         return 2
     arguments.work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(arguments.threads)
-    config = Config()
+    config = CONFIGS[arguments.model]
     tokens = load_tokens(text_folder, arguments.work, config.vocab_size)
     print(f"{len(tokens.stories)} story tokens, {len(tokens.books)} book tokens, "
           f"{sum(map(len, tokens.held_out))} held-out tokens", flush=True)
     trainer = Trainer(arguments, tokens, config)
     resumed = trainer.resume()
+    if arguments.dense and not resumed:
+        start_from_dense(trainer.model, torch.load(arguments.dense, weights_only=True)["model"])
+        print(f"starts from {arguments.dense}: held-out loss "
+              f"{held_out_loss(trainer.model, tokens.held_out):.4f}", flush=True)
     if arguments.export_only and not resumed:
         print(f"error: expected a checkpoint at {trainer.checkpoint}, found none; train first",
               file=sys.stderr)
@@ -234,7 +246,7 @@ def main() -> int:
     if not arguments.export_only:
         trainer.run()
     loss = held_out_loss(trainer.model, tokens.held_out)
-    write_gguf(trainer.model, tokens.tokenizer, arguments.output, arguments.type)
+    write_gguf(trainer.model, tokens.tokenizer, arguments.output, arguments.model, arguments.type)
     print(f"held-out loss {loss:.4f} (perplexity {math.exp(loss):.2f}); wrote {arguments.output}, "
           f"{arguments.output.stat().st_size} bytes", flush=True)
     return 0
