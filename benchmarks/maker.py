@@ -20,7 +20,12 @@ from pathlib import Path
 import gguf
 import numpy as np
 
-from benchmarks.architecture import Architecture, Tensor, architecture_names, read_architecture
+from benchmarks.architecture import (
+    Architecture,
+    Tensor,
+    architecture_names,
+    read_architecture,
+)
 from benchmarks.routing import ROUTINGS, gate_rows, norm_weights, residual_gain
 from benchmarks.sizes import fit
 from benchmarks.vocabulary import BEGIN, END, NUM_SPECIAL, UNKNOWN, make_vocabulary

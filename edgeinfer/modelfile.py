@@ -12,7 +12,13 @@ from math import prod
 from pathlib import Path
 
 from edgeinfer.errors import ModelFileError
-from edgeinfer.gguf_header import GGUFArray, GGUFHeader, Scalar, TensorRecord, read_header
+from edgeinfer.gguf_header import (
+    GGUFArray,
+    GGUFHeader,
+    Scalar,
+    TensorRecord,
+    read_header,
+)
 
 __all__ = ["GGUFArray", "ModelFile", "TensorInfo", "read_model_file"]
 

@@ -13,7 +13,13 @@ from tiny import tiny_model
 from benchmarks import cgroup, run
 from benchmarks.bound import Bound, first_token_limit
 from benchmarks.child import expert_numbers
-from benchmarks.disk import BLOCK_BYTES, CHUNK_BYTES, ExpertMeter, disk_bandwidth, expert_reads
+from benchmarks.disk import (
+    BLOCK_BYTES,
+    CHUNK_BYTES,
+    ExpertMeter,
+    disk_bandwidth,
+    expert_reads,
+)
 from benchmarks.experts import cache_bound
 from benchmarks.measure import ChildError, Measurements, Noise, Settings
 from benchmarks.report import report

@@ -7,10 +7,10 @@ import sys
 
 import pytest
 import tiny  # noqa: F401  (puts benchmarks/ on the path)
-from benchmarks.cgroup import CgroupError, MemoryCgroup
-from benchmarks.maker import make_model
 from streaming import stock_context, stock_greedy
 
+from benchmarks.cgroup import CgroupError, MemoryCgroup
+from benchmarks.maker import make_model
 from edgeinfer.modelfile import read_model_file
 
 PROMPT = "Once upon a time"

@@ -14,9 +14,9 @@ import pytest
 from streaming import build_shim, shim_environment, some_tokens, stock_logits
 from test_expert_cache import cached_logits, expert_engine
 from tiny import tiny_model
+
 from benchmarks.cgroup import CgroupError, MemoryCgroup
 from benchmarks.maker import make_model
-
 from edgeinfer.engines.opening import Prepared
 from edgeinfer.errors import BudgetError, ReadError
 from edgeinfer.modelfile import read_model_file

@@ -19,7 +19,14 @@ from edgeinfer.experts.accesses import accesses
 from edgeinfer.experts.belady import belady
 from edgeinfer.experts.path import PathPredictor
 from edgeinfer.experts.predictors import PREDICTORS, judge
-from edgeinfer.experts.replay import bytes_for, curve_sizes, expert_use, policy_hits, replay, slots_for
+from edgeinfer.experts.replay import (
+    bytes_for,
+    curve_sizes,
+    expert_use,
+    policy_hits,
+    replay,
+    slots_for,
+)
 from edgeinfer.experts.trace import Trace, model_fingerprint
 from edgeinfer.modelfile import read_model_file
 

@@ -3,7 +3,14 @@
 import pytest
 
 from edgeinfer.errors import BudgetError
-from edgeinfer.plan import SMALL_BYTES, Device, WeightUse, make_plan, predict, smallest_ring
+from edgeinfer.plan import (
+    SMALL_BYTES,
+    Device,
+    WeightUse,
+    make_plan,
+    predict,
+    smallest_ring,
+)
 
 MIB = 1 << 20
 OVERHEAD = {"interpreter": 50 * MIB, "kv_cache": 20 * MIB}

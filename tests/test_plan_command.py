@@ -8,9 +8,9 @@ import sys
 
 import pytest
 import tiny  # noqa: F401  (puts benchmarks/ on the path)
-from benchmarks.maker import make_model
 from click.testing import CliRunner
 
+from benchmarks.maker import make_model
 from edgeinfer.cli import cli
 from edgeinfer.modelfile import read_model_file
 

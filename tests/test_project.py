@@ -3,8 +3,9 @@
 from importlib import metadata
 from pathlib import Path
 
-import edgeinfer
 import edgeinfer.models
+
+import edgeinfer
 
 try:
     import tomllib

@@ -2,11 +2,11 @@
 
 import re
 
+import llama_cpp
 import numpy as np
 import pytest
 from tiny import tiny_model
 
-import llama_cpp
 from edgeinfer.engines import ggml, repack
 from edgeinfer.engines.llama import LlamaContext, LlamaModel
 from edgeinfer.modelfile import read_model_file

@@ -13,10 +13,10 @@ from pathlib import Path
 import llama_cpp
 import pytest
 import tiny  # noqa: F401  (puts benchmarks/ on the path)
-from benchmarks.maker import make_model
 from terminal import Terminal
 
 import edgeinfer
+from benchmarks.maker import make_model
 
 DATA = os.environ.get("EDGEINFER_TEST_DATA")
 pytestmark = pytest.mark.skipif(not DATA, reason="EDGEINFER_TEST_DATA (real models) is not set")

@@ -24,9 +24,9 @@ from streaming import (
     streaming_engine,
 )
 from tiny import tiny_model
-from benchmarks.maker import make_model
 
 import edgeinfer.engines.gguf
+from benchmarks.maker import make_model
 from edgeinfer.engines.opening import Prepared
 from edgeinfer.errors import EdgeInferError, ReadError
 from edgeinfer.modelfile import read_model_file

@@ -18,7 +18,6 @@ from edgeinfer.cli.progress import ProgressLine
 from edgeinfer.errors import PromptError
 from edgeinfer.system import STREAMING_OFF, streaming_support
 
-
 EXPERT_RATES = {
     "expert_hit_rate": "experts found in memory",
     "prediction_precision": "prediction precision",

@@ -39,9 +39,9 @@ def trace(
     threads: int | None,
 ) -> None:
     """Let the mixture-of-experts model MODEL write, and record the experts that each layer chose for each token."""
+    from edgeinfer.engines.opening import open_engine
     from edgeinfer.errors import TraceError
     from edgeinfer.model import Model
-    from edgeinfer.engines.opening import open_engine
 
     folder = Path(output).absolute().parent
     if not folder.is_dir():

@@ -103,6 +103,8 @@ class GGUFEngine:
         start = self.position
         try:
             done = 0
+            if len(tokens) > 1:  # other tokens may want fewer experts
+                self._batch = min(self.context.ubatch, 2 * self._batch)
             while done < len(tokens):
                 batch = tokens[done : done + self._batch]
                 try:
