@@ -13,6 +13,8 @@ from edgeinfer.cli import cli
 from edgeinfer.engines.llama import LlamaContext, LlamaModel
 from edgeinfer.engines.opening import open_engine
 from edgeinfer.errors import BudgetError, EngineError
+from edgeinfer.experts.predictors import judge
+from edgeinfer.experts.replay import replay
 from edgeinfer.experts.trace import Trace
 from edgeinfer.model import Model
 from edgeinfer.modelfile import read_model_file
@@ -125,3 +127,15 @@ def test_models_without_experts_and_folders_that_are_not_there_are_refused(tmp_p
     assert result.exit_code == 1
     assert "there is no folder" in result.output
     assert not Path(missing).parent.exists()
+
+
+def test_the_default_policy_is_not_below_lru_on_learned_routing():
+    path = Path(__file__).parents[1] / "models" / "story-moe.gguf"
+    with Model(open_engine(path, memory="1GiB", context_length=256, threads=1, record_routing=True)) as model:
+        list(model.generate("Once upon a time there was a", max_tokens=150, seed=1))
+        trace = model.engine.take_trace(model.stats.prompt_tokens)
+    for slots in (16, 32, 48, 64, 96, 112):
+        rates = replay(trace, slots, ("lrfu", "lru")).policies
+        assert rates["lrfu"].decode >= rates["lru"].decode - 0.005
+    gate = judge(trace, "gate")
+    assert gate.recall_k > 0.5  # two of sixteen: 0.125 by chance
