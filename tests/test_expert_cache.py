@@ -9,6 +9,7 @@ import pytest
 from streaming import make_plan, some_tokens, stock_logits
 from tiny import tiny_model
 
+from edgeinfer import _native
 from edgeinfer.engines.opening import Prepared
 from edgeinfer.modelfile import read_model_file
 from edgeinfer.plan import plan_pools
@@ -70,7 +71,7 @@ def test_logits_equal_stock_with_experts_missed_and_evicted(models, arch, slots)
     assert counted["prefill_wanted"] > counted["prefill_hits"]
 
 
-@pytest.mark.parametrize("policy", ["lru", "lfu", "arc", "layers", "gdsf"])
+@pytest.mark.parametrize("policy", _native.Policy.names())
 @pytest.mark.parametrize("predict", [False, True])
 def test_every_policy_and_prediction_gives_the_same_logits(models, policy, predict):
     path = tiny_model(models, "olmoe", "Q4_K", layers=4)
