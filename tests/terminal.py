@@ -30,6 +30,17 @@ class Terminal:
         self._seen = match.end()
         return time.monotonic() - start
 
+    def press_until(self, key, pattern, timeout=20.0):
+        """Press `key` until `pattern` is shown: Python's input() misses a Ctrl-C in the moment before it waits."""
+        start = time.monotonic()
+        while True:
+            self.type(key)
+            try:
+                return self.wait_for(pattern, timeout=1.0)
+            except AssertionError:
+                if time.monotonic() - start > timeout:
+                    raise
+
     def _read(self, timeout):
         ready, _, _ = select.select([self._fd], [], [], timeout)
         try:

@@ -144,7 +144,7 @@ def test_ctrl_c_in_the_middle_of_a_streamed_prefill(slow_model):
         terminal.wait_for("a b c d e \r\n")
         time.sleep(0.3)
         terminal.type("\x03")
-        assert terminal.wait_for("Stopped.") < 0.5
+        assert terminal.wait_for("Stopped.") < 2.0  # usually 0.1; a loaded machine is slower
         answer = terminal.screen.rpartition("a b c d e \r\n")[2].partition("Stopped.")[0]
         assert not re.search("[a-z]{3}", answer)  # it was the prefill that stopped
         terminal.wait_for("> ")
@@ -164,14 +164,13 @@ def test_chat_on_a_terminal(slow_model):
         terminal.type("hello there\n")
         terminal.wait_for(r"hello there\r\n.{20}")  # the answer has begun
         terminal.type("\x03")
-        assert terminal.wait_for("Stopped.") < 0.5
+        assert terminal.wait_for("Stopped.") < 2.0  # usually 0.1; a loaded machine is slower
         terminal.wait_for("> ")
         terminal.type("go on\n")
         terminal.wait_for(r"go on\r\n.{20}")
         terminal.type("\x03")
         terminal.wait_for("> ")
-        terminal.type("\x03")  # nothing to stop
-        terminal.wait_for("Ctrl-D leaves.")
+        terminal.press_until("\x03", "Ctrl-D leaves.")  # nothing to stop
         terminal.wait_for("> ")
         terminal.type("\x04")
         terminal.wait_for("tokens/s, peak memory")

@@ -294,7 +294,7 @@ def test_ctrl_c_while_waiting_for_a_slow_disk(models, shim):
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, result.stderr
     seconds = [float(line) for line in result.stdout.split()]
-    assert len(seconds) == 2 and max(seconds) < 0.5
+    assert len(seconds) == 2 and max(seconds) < 2.0
 
 
 # ---- the command ---------------------------------------------------------------------------------------
