@@ -12,9 +12,11 @@ from edgeinfer.errors import (
     BudgetError,
     EdgeInferError,
     EngineError,
+    ExportError,
     ModelFileError,
     PromptError,
     ReadError,
+    TraceError,
 )
 from edgeinfer.model import Model, Stats, load
 
@@ -24,10 +26,12 @@ __all__ = [
     "BudgetError",
     "EdgeInferError",
     "EngineError",
+    "ExportError",
     "Model",
     "ModelFileError",
     "PromptError",
     "ReadError",
     "Stats",
+    "TraceError",
     "load",
 ]

@@ -34,3 +34,7 @@ class EngineError(EdgeInferError):
 
 class TraceError(EdgeInferError):
     """A trace of expert routing is malformed, incomplete, or of another model."""
+
+
+class ExportError(EdgeInferError):
+    """A checkpoint or model cannot be exported, quantized or laid out anew, or the result cannot be written."""

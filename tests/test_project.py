@@ -18,7 +18,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 def test_every_package_is_installed():
     folders = [path.parent.relative_to(ROOT) for path in (ROOT / "edgeinfer").rglob("__init__.py")]
-    packages = {".".join(folder.parts) for folder in folders} | {"edgeinfer.models"}
+    packages = {".".join(folder.parts) for folder in folders} | {"edgeinfer.models", "edgeinfer.exporters"}
     assert set(PROJECT["tool"]["setuptools"]["packages"]) == packages
 
 

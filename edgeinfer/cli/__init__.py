@@ -22,6 +22,10 @@ COMMANDS = {
     "run": "Let a GGUF model write, or chat, within a memory budget.",
     "plan": "Show where each part of a model goes, and how fast that is.",
     "inspect": "Show what is in a GGUF model file.",
+    "export": "Turn a checkpoint or an ONNX file into a model made for streaming.",
+    "quantize": "Make a model smaller, and say what that costs.",
+    "layout": "Rewrite a GGUF file so that it streams well.",
+    "stream": "Feed a sound, a video or live input to ONNX models as it arrives.",
     "trace": "Record which experts a mixture-of-experts model uses.",
     "replay": "Judge cache policies and predictors by a recorded trace.",
 }
