@@ -24,6 +24,10 @@ class PromptError(EdgeInferError):
     """The prompt cannot be used, for example because it is longer than the context."""
 
 
+class InputError(EdgeInferError):
+    """What was given to a model's inputs does not fit them: a wrong name, type or shape."""
+
+
 class ReadError(EdgeInferError):
     """The model file could not be read while running: the disk failed, or the file was changed."""
 

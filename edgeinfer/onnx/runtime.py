@@ -1,0 +1,41 @@
+"""ONNX Runtime as edgeinfer uses it: its options, and its errors in edgeinfer's words."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import onnxruntime as ort
+
+from edgeinfer.errors import EdgeInferError, EngineError, ModelFileError
+
+_FATAL_ONLY = 4  # errors are raised, so they need no line on standard error
+
+
+def session_options(threads: int) -> ort.SessionOptions:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = _FATAL_ONLY
+    return options
+
+
+@contextmanager
+def explained(path: str | os.PathLike, kind: type[EdgeInferError] = EngineError) -> Iterator[None]:
+    """What ONNX Runtime raises, as `kind`, with the model's path and without ONNX Runtime's prefixes."""
+    try:
+        yield
+    except (ModelFileError, MemoryError):
+        raise
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] not in ("onnxruntime", "builtins"):
+            raise
+        raise kind(f"ONNX Runtime refused {path}: {_words(error)}") from error
+
+
+def _words(error: Exception) -> str:
+    """"[ONNXRuntimeError] : 1 : FAIL : Load model from x failed: why" -> "Load model from x failed: why"."""
+    text = " ".join(str(error).split())
+    if text.startswith("[ONNXRuntimeError]"):
+        text = text.split(" : ", 3)[-1]
+    return text[:1000]
