@@ -71,6 +71,7 @@ class GGUFEngine:
         self.plan = plan
         self.model = model
         self.context = context
+        self.outputs = "last"  # "all": a pass leaves the logits of each of its tokens; see LlamaContext.decode
         self._batch = context.ubatch  # tokens of a pass; fewer where the cache of experts is small
         self._paged = paged
         self._hook = hook
@@ -164,13 +165,13 @@ class GGUFEngine:
 
     def _pass(self, tokens: Sequence[int]) -> None:
         if self._paged is None:
-            self.context.decode(tokens)
+            self.context.decode(tokens, self.outputs)
             return
         before = self.position
         try:
             self._paged.begin_pass(tokens)
             try:
-                self.context.decode(tokens)
+                self.context.decode(tokens, self.outputs)
                 halted = self._hook.halted
             except DecodeAborted:
                 halted = True
