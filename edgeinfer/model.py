@@ -6,10 +6,14 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgeinfer.errors import EngineError, PromptError
 from edgeinfer.generate import Generation, Progress, check_prompt, generate
+from edgeinfer.kind import model_kind
+
+if TYPE_CHECKING:
+    from edgeinfer.engines.onnx import OnnxModel
 
 
 @dataclass(frozen=True)
@@ -42,16 +46,23 @@ def load(
     ctx: int | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
-) -> Model:
-    """Open a GGUF model that may use `memory`: bytes, "2GiB", "50%"; None: what is available less a reserve.
+) -> Model | OnnxModel:
+    """Open a model that may use `memory`: bytes, "2GiB", "50%"; None: what is available less a reserve.
 
-    `path` None is the embedded default model. `ctx`: tokens of context; `threads`: computing threads; None
-    lets edgeinfer choose. `progress` is called with the loaded fraction. Raises ModelFileError, BudgetError
-    and EngineError; ValueError for numbers that mean nothing.
+    A GGUF file gives a Model, which generates text; an ONNX file an OnnxModel with `run` and `stream`: the
+    content decides. `path` None is the embedded default model. `ctx`: tokens of context (GGUF); `threads`:
+    computing threads; None lets edgeinfer choose. `progress` is called with the loaded fraction. Raises
+    ModelFileError, BudgetError and EngineError; ValueError for numbers that mean nothing.
     """
     for name, value in (("ctx", ctx), ("threads", threads)):
         if value is not None and value < 1:
             raise ValueError(f"expected {name} of at least 1, got {value}")
+    if path is not None and model_kind(path) == "onnx":
+        from edgeinfer.engines.onnx import open_onnx
+
+        if ctx is not None:
+            raise ValueError(f"expected no ctx for an ONNX model, got {ctx}: {path} has no context of tokens")
+        return open_onnx(path, memory=memory, threads=threads, progress=progress)
     from edgeinfer.engines.opening import open_engine
     from edgeinfer.models import default_model_path
 

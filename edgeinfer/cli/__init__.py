@@ -19,9 +19,9 @@ from edgeinfer.errors import EdgeInferError
 
 #: Name -> what the list of commands says, so that showing the list imports none of them.
 COMMANDS = {
-    "run": "Let a GGUF model write, or chat, within a memory budget.",
+    "run": "Let a GGUF model write or chat, or run an ONNX model, within a memory budget.",
     "plan": "Show where each part of a model goes, and how fast that is.",
-    "inspect": "Show what is in a GGUF model file.",
+    "inspect": "Show what is in a GGUF or ONNX model file.",
     "export": "Turn a checkpoint or an ONNX file into a model made for streaming.",
     "quantize": "Make a model smaller, and say what that costs.",
     "layout": "Rewrite a GGUF file so that it streams well.",

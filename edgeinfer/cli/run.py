@@ -1,22 +1,29 @@
-"""`edgeinfer run`: let a model write, or chat with it."""
+"""`edgeinfer run`: let a GGUF model write, or chat with it; or run an ONNX model on inputs from files."""
 
 from __future__ import annotations
 
 import json
 import math
 import sys
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 import edgeinfer
 from edgeinfer.budget import format_size
 from edgeinfer.cli.chat import chat
 from edgeinfer.cli.progress import ProgressLine
 from edgeinfer.errors import PromptError
+from edgeinfer.kind import model_kind
 from edgeinfer.system import STREAMING_OFF, streaming_support
+
+_ONNX = "ONNX:"
+#: Parameters that only a model that writes has.
+WRITING = ("tokens", "temperature", "top_p", "seed", "ctx")
 
 EXPERT_RATES = {
     "expert_hit_rate": "experts found in memory",
@@ -37,6 +44,8 @@ def _finite(_ctx: click.Context, _param: click.Parameter, value: float) -> float
       edgeinfer run -p "Once upon a time"
       edgeinfer run big.gguf --memory 2GiB
       cat question.txt | edgeinfer run big.gguf --memory 50% -n 200
+      edgeinfer run detect.onnx --input street.jpg -o found.png
+      edgeinfer run model.onnx --input ids=ids.npy --input mask=mask.npy -o out.npz
     """
 )
 @click.argument("model", required=False)
@@ -66,6 +75,18 @@ def _finite(_ctx: click.Context, _param: click.Parameter, value: float) -> float
 @click.option("--seed", metavar="S", type=click.IntRange(0, 2**32 - 2), help="Makes the same choices again.")
 @click.option("--ctx", metavar="N", type=click.IntRange(1, 2**31 - 1), help="Tokens of context.")
 @click.option("--threads", metavar="N", type=click.IntRange(1, 512), help="Computing threads.")
+@click.option(
+    "--input", "given", metavar="[NAME=]FILE", multiple=True, help=f"{_ONNX} arrays, picture, sound, number, -."
+)
+@click.option("-o", "--output", metavar="OUT", help=f"{_ONNX} write a .npz, .json, .png, .jpg or .wav file.")
+@click.option("--form", metavar="NAME", help=f"{_ONNX} what inputs and outputs mean, or a JSON file of it.")
+@click.option("--resize", metavar="HOW", help=f"{_ONNX} stretch, crop, pad, 640x480, or both: pad:640x480.")
+@click.option("--normalize", metavar="HOW", help=f"{_ONNX} none, unit, half, imagenet, clip, or MEAN/STD.")
+@click.option("--resample", is_flag=True, help=f"{_ONNX} bring a sound to the model's sample rate.")
+@click.option("--labels", metavar="FILE", help=f"{_ONNX} names of the classes, a line each, or JSON.")
+@click.option("--top", metavar="N", type=click.IntRange(min=1), help=f"{_ONNX} show so many classes: 5.")
+@click.option("--threshold", metavar="P", type=float, help=f"{_ONNX} the least score of a box.")
+@click.option("--force", is_flag=True, help=f"{_ONNX} replace OUT.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object: the text and all numbers.")
 def run(
     model: str | None,
@@ -78,12 +99,18 @@ def run(
     ctx: int | None,
     threads: int | None,
     as_json: bool,
+    **onnx: Any,
 ) -> None:
-    """Let the GGUF file MODEL write, within a memory budget.
+    """Let the GGUF file MODEL write, or run the ONNX file MODEL on --input, within a memory budget.
 
     Without MODEL, the small story writer that comes with edgeinfer. A model with a chat template answers the
     prompt, any other continues it.
     """
+    if model is not None and model_kind(model) == "onnx":
+        _refuse(WRITING, "a GGUF model that writes", f"{model} is an ONNX model")
+        _run_onnx(model, prompt, memory, threads, as_json, onnx)
+        return
+    _refuse(tuple(onnx), "an ONNX model", f"{model} is none" if model else "no MODEL was given")
     is_chat = prompt is None and not as_json and _is_terminal(sys.stdin) and _is_terminal(sys.stdout)
     if not is_chat:
         prompt = _read_prompt() if prompt is None else prompt
@@ -101,6 +128,32 @@ def run(
                 click.echo(closing_line(loaded.stats), err=True)
         else:
             _write(loaded, prompt, options, as_json)
+
+
+def _refuse(names: Sequence[str], owner: str, why: str) -> None:
+    """Options of the other kind of model are an error, not silently dropped."""
+    context = click.get_current_context()
+    for parameter in context.command.params:
+        given = context.get_parameter_source(parameter.name) is not ParameterSource.DEFAULT
+        if given and parameter.name in names:
+            raise click.UsageError(f"{parameter.opts[-1]} is for {owner}; {why}.")
+
+
+def _run_onnx(
+    model: str,
+    prompt: str | None,
+    memory: str | None,
+    threads: int | None,
+    as_json: bool,
+    options: dict[str, Any],
+) -> None:
+    from edgeinfer.cli.run_onnx import OnnxRequest, run_onnx
+    from edgeinfer.inputs import InputOptions
+
+    taken = {name: options.pop(name) for name in ("resize", "normalize", "resample")}
+    options["top"] = options["top"] or 5
+    feeding = InputOptions(**taken, text=prompt)
+    run_onnx(OnnxRequest(model, options=feeding, memory=memory, threads=threads, as_json=as_json, **options))
 
 
 def _is_terminal(stream: Any) -> bool:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnxruntime as ort
@@ -16,6 +17,9 @@ from edgeinfer.errors import EngineError, InputError, ModelFileError
 from edgeinfer.onnx.ports import Port, check_feeds, make_port
 from edgeinfer.onnx.runtime import explained, session_options
 from edgeinfer.system import default_threads
+
+if TYPE_CHECKING:
+    from edgeinfer.streams.model_stream import ModelStream
 
 __all__ = ["OnnxModel", "OnnxPlan", "OnnxStatistics", "Port", "open_onnx"]
 
@@ -76,6 +80,19 @@ class OnnxModel:
             values = self._session.run(names, arrays)
         self._passes += 1
         return dict(zip(names, values))
+
+    def stream(
+        self, *, form: str | None = None, state: Mapping[str, str] | None = None, rate: int | None = None
+    ) -> ModelStream:
+        """The model on a stream, its state carried from step to step: see edgeinfer.streams.model_stream.ModelStream.
+
+        `form`: the name of what describes the model, or a JSON file (None: found by its inputs and outputs); `state`:
+        {input: output}, where it is not found by itself; `rate`: samples a second. Raises InputError.
+        """
+        from edgeinfer.forms import read_form
+        from edgeinfer.streams.model_stream import ModelStream
+
+        return ModelStream(self, read_form(form) if form else None, state, rate)
 
     def _wanted(self, outputs: Sequence[str] | None) -> list[str]:
         known = [port.name for port in self.outputs]

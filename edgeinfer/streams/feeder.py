@@ -1,0 +1,117 @@
+"""Sensing beside computing: a thread takes pieces from a source and puts them into a bounded queue."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Sized
+from dataclasses import dataclass
+from typing import Any
+
+LATE_RULES = ("wait", "drop-oldest", "drop-newest")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One piece of a stream. `missed`: samples (pieces without a length count 1) that were dropped just
+    before it."""
+
+    data: Any
+    arrival: float  # time.perf_counter() when it was whole
+    missed: int
+
+
+class Feeder:
+    """Iterates over the pieces of `source`, which its own thread takes as they come.
+
+    Where computing is late and `depth` pieces wait, `late` says what happens: "wait" (the source waits),
+    "drop-oldest" or "drop-newest". An error of the source is raised where its piece would have been. Use it
+    as a context manager.
+    """
+
+    def __init__(self, source: Iterable[Any], late: str = "wait", depth: int = 8):
+        if late not in LATE_RULES:
+            raise ValueError(f"expected late to be one of {', '.join(LATE_RULES)}, got {late!r}")
+        if depth < 1:
+            raise ValueError(f"expected a depth of at least 1, got {depth}")
+        self._source = source
+        self._late = late
+        self._depth = depth
+        self._queue: deque[tuple[Any, float, int]] = deque()
+        self._changed = threading.Condition()
+        self._done = self._stopped = False
+        self._error: BaseException | None = None
+        self._missed_last = 0  # dropped behind the newest piece of the queue
+        self.taken = self.dropped = 0  # pieces
+        self.dropped_samples = 0
+        self._thread = threading.Thread(target=self._sense, name="edgeinfer-sense", daemon=True)
+
+    def __enter__(self) -> Feeder:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+
+    def _sense(self) -> None:
+        try:
+            for data in self._source:
+                if not self._put(data):
+                    break
+        except BaseException as error:
+            self._error = error
+        with self._changed:
+            self._done = True
+            self._changed.notify_all()
+
+    def _put(self, data: Any) -> bool:
+        arrival = time.perf_counter()
+        with self._changed:
+            while self._late == "wait" and len(self._queue) >= self._depth and not self._stopped:
+                self._changed.wait()
+            if self._stopped:
+                return False
+            self.taken += 1
+            if len(self._queue) >= self._depth:
+                self.dropped += 1
+                if self._late == "drop-newest":
+                    self._missed_last += _length(data)
+                    self.dropped_samples += _length(data)
+                    return True
+                oldest, _, missed = self._queue.popleft()
+                missed += _length(oldest)
+                self.dropped_samples += _length(oldest)
+                if self._queue:
+                    following, came, before = self._queue.popleft()
+                    self._queue.appendleft((following, came, before + missed))
+                else:
+                    self._missed_last += missed
+            self._queue.append((data, arrival, self._missed_last))
+            self._missed_last = 0
+            self._changed.notify_all()
+        return True
+
+    def __iter__(self) -> Iterator[Piece]:
+        while True:
+            with self._changed:
+                while not self._queue and not self._done:
+                    self._changed.wait()
+                if not self._queue:
+                    break
+                data, arrival, missed = self._queue.popleft()
+                self._changed.notify_all()
+            yield Piece(data, arrival, missed)
+        if self._error is not None:
+            raise self._error
+
+    @property
+    def missed_at_end(self) -> int:
+        """Samples that were dropped behind the last piece."""
+        return self._missed_last
+
+
+def _length(data: Any) -> int:
+    return len(data) if isinstance(data, Sized) and getattr(data, "ndim", 0) == 1 else 1
