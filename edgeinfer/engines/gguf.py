@@ -72,6 +72,7 @@ class GGUFEngine:
         self.model = model
         self.context = context
         self.outputs = "last"  # "all": a pass leaves the logits of each of its tokens; see LlamaContext.decode
+        self.before_pass: Callable[[], object] | None = None  # called on the computing thread
         self._batch = context.ubatch  # tokens of a pass; fewer where the cache of experts is small
         self._paged = paged
         self._hook = hook
@@ -164,6 +165,8 @@ class GGUFEngine:
             self._paged.abort()
 
     def _pass(self, tokens: Sequence[int]) -> None:
+        if self.before_pass is not None:
+            self.before_pass()
         if self._paged is None:
             self.context.decode(tokens, self.outputs)
             return

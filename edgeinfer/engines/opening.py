@@ -89,6 +89,7 @@ class Prepared:
         ubatch: int = UBATCH,
         outputs_max: int = 1,
         flash_attention: bool | None = None,
+        wrap_callbacks: Callable[[dict[str, int]], dict[str, int]] = dict,
     ):
         overhead = Overhead(file, ubatch)
         self.file = file
@@ -103,7 +104,7 @@ class Prepared:
                 threads=threads,
                 outputs_max=outputs_max,
                 flash_attention=flash_attention,
-                **self.paged.context_callbacks,
+                **wrap_callbacks(self.paged.context_callbacks),
             )
             overhead.context_made(self.context, outputs_max)
             self.uses = self.paged.record(self.context)
