@@ -1,14 +1,16 @@
-"""`edgeinfer inspect`: what is in a model file, without reading its weights."""
+"""`edgeinfer inspect`: what is in a GGUF or ONNX file, without reading its weights."""
 
 import json
 import math
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict
 
 import click
 
 from edgeinfer.budget import format_size
 from edgeinfer.errors import EdgeInferError
+from edgeinfer.kind import model_kind
 from edgeinfer.modelfile import GGUFArray, ModelFile, TensorInfo, read_model_file
 
 NUM_LARGEST = 5
@@ -18,18 +20,29 @@ NUM_LARGEST = 5
 @click.argument("model", type=click.Path())
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object, with every tensor and key.")
 def inspect(model: str, as_json: bool) -> None:
-    """Show what is in a GGUF model file. A split model is given by its first part.
+    """Show what is in a GGUF or ONNX model file. A split model is given by its first part.
 
     \b
     Examples:
       edgeinfer inspect model.gguf
+      edgeinfer inspect model.onnx
       edgeinfer inspect model-00001-of-00003.gguf --json
     """
     try:
-        facts = describe(read_model_file(model))
+        facts, show = _facts(model)
     except EdgeInferError as error:
         raise click.ClickException(str(error)) from error
-    click.echo(json.dumps(facts, allow_nan=False) if as_json else table(facts))
+    click.echo(json.dumps(facts, allow_nan=False) if as_json else show(facts))
+
+
+def _facts(model: str) -> tuple[dict, Callable[[dict], str]]:
+    """The facts, and what shows them to people."""
+    if model_kind(model) == "gguf":
+        return describe(read_model_file(model)), table
+    from edgeinfer.cli.inspect_onnx import describe_onnx, table_onnx
+    from edgeinfer.onnx.graph import read_onnx
+
+    return describe_onnx(read_onnx(model)), table_onnx
 
 
 def describe(model: ModelFile) -> dict:
