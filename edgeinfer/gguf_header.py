@@ -82,12 +82,15 @@ class TensorRecord:
 
 @dataclass(frozen=True)
 class GGUFHeader:
-    """The header of one file. `value_types` gives the stored type of each key: "u32", "str", "arr"..."""
+    """The header of one file. `value_types` gives the stored type of each key: "u32", "str", "arr"...,
+    `key_ranges` the bytes of the file that hold it with its value.
+    """
 
     path: Path
     version: int
     metadata: dict[str, Scalar | GGUFArray]
     value_types: dict[str, str]
+    key_ranges: dict[str, range]
     tensors: tuple[TensorRecord, ...]
     alignment: int
     file_bytes: int
@@ -118,13 +121,15 @@ def _parse(window: Window) -> GGUFHeader:
     num_keys = window.scalar(U64, "the number of keys")
     _check_count(window, "keys", num_keys, MAX_KEYS, _MIN_KEY_BYTES)
     _check_count(window, "tensors", num_tensors, MAX_TENSORS, _MIN_TENSOR_BYTES)
-    metadata, value_types = _read_metadata(window, num_keys)
+    metadata, value_types, key_ranges = _read_metadata(window, num_keys)
     alignment = _alignment(window, metadata, value_types)
     records = _read_tensors(window, num_tensors)
     window.place = "tensor data"
     data_offset = _pad(window.offset, alignment)
     tensors = _place_tensors(window, records, data_offset, alignment)
-    return GGUFHeader(window.path, version, metadata, value_types, tensors, alignment, window.size)
+    return GGUFHeader(
+        window.path, version, metadata, value_types, key_ranges, tensors, alignment, window.size
+    )
 
 
 def _read_version(window: Window) -> int:
@@ -164,9 +169,12 @@ def _check_count(window: Window, what: str, count: int, limit: int, min_bytes: i
         window.fail(f"claims {count} {what}, more than the {limit} that edgeinfer reads")
 
 
-def _read_metadata(window: Window, count: int) -> tuple[dict[str, Scalar | GGUFArray], dict[str, str]]:
+def _read_metadata(
+    window: Window, count: int
+) -> tuple[dict[str, Scalar | GGUFArray], dict[str, str], dict[str, range]]:
     metadata: dict[str, Scalar | GGUFArray] = {}
     value_types: dict[str, str] = {}
+    key_ranges: dict[str, range] = {}
     for index in range(count):
         window.place = f"key {index + 1} of {count}"
         start = window.offset
@@ -176,7 +184,8 @@ def _read_metadata(window: Window, count: int) -> tuple[dict[str, Scalar | GGUFA
         window.place = f"key {key!r}"
         number = window.scalar(_U32, "the type of the value")
         value_types[key], metadata[key] = _read_value(window, number, key)
-    return metadata, value_types
+        key_ranges[key] = range(start, window.offset)
+    return metadata, value_types, key_ranges
 
 
 def _read_value(window: Window, number: int, key: str) -> tuple[str, Scalar | GGUFArray]:
