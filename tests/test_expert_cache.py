@@ -1,7 +1,6 @@
 """Experts in a cache of recycled slots: the same logits as stock llama.cpp, to the bit, whatever is missed and evicted."""
 
 import contextlib
-import functools
 from dataclasses import replace
 
 import numpy as np
@@ -36,7 +35,7 @@ def expert_engine(path, slots, *, policy="lru", predict=True, ubatch=64, **plan_
     tied = {use.name for use in prepared.uses if not use.rows} & plan.rows
     plan = replace(plan, resident=frozenset(dense | tied), pools=pools, **plan_options)
     engine = prepared.start(plan)
-    engine.context.decode = functools.partial(engine.context.decode, outputs="all")
+    engine.outputs = "all"
     try:
         yield engine
     finally:
@@ -48,8 +47,8 @@ def cached_logits(engine, batches):
     logits = []
     decode = engine.context.decode
 
-    def keep(tokens):
-        decode(tokens)
+    def keep(tokens, outputs):
+        decode(tokens, outputs)
         logits.extend(engine.context.logits(i).copy() for i in range(len(tokens)))
 
     engine.context.decode = keep

@@ -49,8 +49,8 @@ logits, computed, errors, positions = [], [], [], []
 with expert_engine(path, 4) as engine:
     decode = engine.context.decode
 
-    def keep(tokens):
-        decode(tokens)
+    def keep(tokens, outputs):
+        decode(tokens, outputs)
         last.extend(engine.context.logits(i).copy() for i in range(len(tokens)))
         last_batches.append(tokens)
 
