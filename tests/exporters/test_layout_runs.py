@@ -2,6 +2,7 @@
 budget.
 """
 
+import gguf
 import numpy as np
 import pytest
 from streaming import some_tokens, stock_logits, streamed_logits, streaming_engine
@@ -48,6 +49,30 @@ def test_merged_experts_of_every_type_compute_the_same_logits(models, type, thre
     assert is_merged(result)
     expected = stock_logits(source, BATCHES, threads=threads)
     assert np.array_equal(stock_logits(result, BATCHES, threads=threads), expected)
+
+
+def test_another_architecture_with_merged_experts(models, tmp_path):
+    """hy_v3 is qwen3moe with shared experts, for which the weights of each layer's expert 0 serve here."""
+    reader = gguf.GGUFReader(tiny_model(models, "qwen3moe", "F16"))
+    writer = gguf.GGUFWriter(tmp_path / "in.gguf", "hy_v3")
+    for name, field in reader.fields.items():
+        if not name.startswith("GGUF.") and name != "general.architecture":
+            renamed = name.replace("qwen3moe.", "hy_v3.")
+            writer.add_key_value(renamed, field.contents(), field.types[0], *field.types[1:2])
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data)
+        if tensor.name.endswith("_exps.weight"):
+            writer.add_tensor(tensor.name.replace("_exps", "_shexp"), np.ascontiguousarray(tensor.data[0]))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    report = lay_out(tmp_path / "in.gguf", tmp_path / "out.gguf")
+    assert report.merged_layers == 3 and report.order_from_graph
+    expected = stock_logits(tmp_path / "in.gguf", BATCHES)
+    assert np.array_equal(stock_logits(tmp_path / "out.gguf", BATCHES), expected)
+    with expert_engine(tmp_path / "out.gguf", 8) as engine:
+        assert np.array_equal(cached_logits(engine, BATCHES), expected)
 
 
 @pytest.mark.parametrize(("type", "slots"), [("Q4_0", 8), ("Q4_0", 11), ("Q4_K", 8), ("F16", 9)])
