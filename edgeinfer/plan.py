@@ -22,6 +22,7 @@ READ_AHEAD_BYTES = 28 * MIB  # measured: less lets the disk stand still when it 
 
 
 MOST_MATRICES = 3  # of an expert, that the cache can keep together; EXPERT_MATRICES in native/experts.h
+EXPERT_CHUNK_BYTES = MIB // 2  # smaller pieces: what is needed waits less behind guesses that are being read
 READ_BUFFERS_BYTES = 9 * MIB  # one piece for each reading thread, where experts lie across blocks of the disk
 
 
@@ -216,6 +217,7 @@ def make_plan(
         experts_used=experts_used,
         budget_bytes=budget_bytes,
         ledger=Ledger(entries),
+        chunk_bytes=MIB if pools is None else EXPERT_CHUNK_BYTES,
     )
 
 

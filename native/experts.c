@@ -288,8 +288,7 @@ bool experts_select(pager *p, uint32_t layer_number, const int32_t *ids, size_t 
     for (uint32_t m = 0; m < kind->num_matrices; m++) /* matrix by matrix: the first product starts first */
         for (uint32_t i = 0; i < cache->num_chosen; i++)
             request(kind, &cache->needed, m, cache->chosen[i]);
-    if (cache->needed.count > 0)
-        pthread_cond_broadcast(&p->work);
+    pager_wake_readers_locked(p, cache->needed.count * (kind->bytes[0] / p->chunk_bytes + 1));
     for (size_t i = 0; i < num_ids; i++)
         slots[i] = (int32_t)cache->slot_of_expert[ids[i]];
 done:
@@ -303,6 +302,12 @@ static bool matrix_ready(const expert_cache *cache, const expert_kind *kind, uin
         if (kind->slots[cache->chosen[i]].matrix[matrix].state != TRANSFER_READY)
             return false;
     return true;
+}
+
+bool experts_awaited(const expert_cache *cache)
+{
+    const expert_kind *kind = &cache->kinds[cache->layers[cache->layer].kind];
+    return cache->awaited == EXPERT_NONE || matrix_ready(cache, kind, cache->awaited);
 }
 
 static uint64_t now_ns(void)
@@ -319,8 +324,10 @@ bool experts_wait(pager *p, uint32_t matrix, bool *rest_ready)
     const expert_kind *kind = &cache->kinds[cache->layers[cache->layer].kind];
     if (!matrix_ready(cache, kind, matrix) && !pager_halted(p)) {
         uint64_t start = now_ns();
+        cache->awaited = matrix;
         while (!matrix_ready(cache, kind, matrix) && !pager_halted(p))
             pthread_cond_wait(&p->ready, &p->lock);
+        cache->awaited = EXPERT_NONE;
         p->statistics.wait_ns += now_ns() - start;
         p->statistics.waits++;
     }
@@ -365,7 +372,6 @@ void experts_predict(pager *p, uint32_t layer, const uint32_t *experts, size_t n
     memset(cache->predicted, 0, cache->num_experts * sizeof *cache->predicted);
     cache->num_guessed = 0;
     cache->predicted_layer = layer;
-    bool asked = false;
     /* Those that are here are spared first: another guess must not take their place. */
     for (size_t i = 0; i < num_experts; i++) {
         if (experts[i] >= limit)
@@ -389,10 +395,9 @@ void experts_predict(pager *p, uint32_t layer, const uint32_t *experts, size_t n
         cache->guesses_judged++;
         for (uint32_t m = 0; m < kind->num_matrices; m++)
             request(kind, &cache->guessed, m, number);
-        asked = true;
     }
-    if (asked)
-        pthread_cond_broadcast(&p->work);
+    if (cache->guessed.count > 0)
+        pager_wake_readers_locked(p, EXPERT_GUESSES_IN_FLIGHT - cache->guesses_in_flight);
     pthread_mutex_unlock(&p->lock);
 }
 
@@ -430,7 +435,7 @@ expert_cache *experts_new(expert_layer *layers, uint32_t num_layers, uint32_t nu
     cache->chosen = malloc(num_experts * sizeof *cache->chosen);
     cache->predicted = calloc(num_experts, sizeof *cache->predicted);
     cache->guessed_slots = malloc(num_experts * sizeof *cache->guessed_slots);
-    cache->predicted_layer = EXPERT_NONE;
+    cache->predicted_layer = cache->awaited = EXPERT_NONE;
     for (uint32_t k = 0; k < num_kinds; k++) {
         kinds[k].slots = calloc(kinds[k].num_slots, sizeof *kinds[k].slots);
         if (kinds[k].slots == NULL)

@@ -15,7 +15,7 @@
 #define EXPERT_MATRICES 3
 #define EXPERT_NONE UINT32_MAX
 /* Pieces of guesses that are read at once: more would stand before what is needed next, which cannot overtake them. */
-#define EXPERT_GUESSES_IN_FLIGHT 3
+#define EXPERT_GUESSES_IN_FLIGHT 5
 
 /* Layers whose experts are alike, and their pool. */
 typedef struct {
@@ -87,6 +87,7 @@ typedef struct expert_cache {
     bool *predicted;          /* num_experts, of predicted_layer */
     uint32_t *guessed_slots;  /* of predicted_layer: num_guessed that were read because of it */
     uint32_t num_guessed;
+    uint32_t awaited;         /* matrix of the selection that is waited for; EXPERT_NONE: none, or something else */
     expert_statistics statistics;
 } expert_cache;
 
@@ -107,6 +108,9 @@ bool experts_select(pager *p, uint32_t layer, const int32_t *ids, size_t num_ids
 
 /* Waits until this matrix of every selected expert is there. *rest_ready: so are the later ones. */
 bool experts_wait(pager *p, uint32_t matrix, bool *rest_ready);
+
+/* Whether what the computing thread waits for may have come, so that it should be woken. The lock is held. */
+bool experts_awaited(const expert_cache *cache);
 
 /* Reads these experts of a layer ahead, as far as slots can be had for them; those that it does not have are left out. */
 void experts_predict(pager *p, uint32_t layer, const uint32_t *experts, size_t num_experts);

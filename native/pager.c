@@ -28,6 +28,18 @@ static transfer *transfer_of(pager *p, use *u)
 
 /* ---- failure ------------------------------------------------------------------------------------------------ */
 
+void pager_wake_readers_locked(pager *p, size_t pieces)
+{
+    if (pieces >= p->idle) {
+        p->idle = 0;
+        pthread_cond_broadcast(&p->work);
+        return;
+    }
+    p->idle -= (unsigned)pieces;
+    while (pieces-- > 0)
+        pthread_cond_signal(&p->work);
+}
+
 void pager_fail_locked(pager *p, int error, const char *text)
 {
     if (p->error == 0) {
@@ -36,7 +48,7 @@ void pager_fail_locked(pager *p, int error, const char *text)
     }
     atomic_store_explicit(&p->halted, true, memory_order_relaxed);
     pthread_cond_broadcast(&p->ready);
-    pthread_cond_broadcast(&p->work);
+    pager_wake_readers_locked(p, SIZE_MAX);
 }
 
 void pager_fail_read_locked(pager *p, int error, uint32_t source_number, uint64_t offset, uint64_t bytes)
@@ -117,17 +129,25 @@ static void begin_transfer(pager *p, use *u)
 
 /* ---- reading ahead ------------------------------------------------------------------------------------------ */
 
+/* Goes on to the next use of which something is still to be fetched. false: there is none in the window. */
+static bool find_next_in_order(pager *p)
+{
+    for (; p->fetch < p->released + p->num_uses; p->fetch++) {
+        use *u = use_at(p, p->fetch);
+        transfer *t = transfer_of(p, u);
+        if (t->state == TRANSFER_IDLE || t->issued < block_of(p, u)->span) /* not one that is here or under way */
+            return true;
+    }
+    return false;
+}
+
 /* The next piece of the order of use. false: nothing of it can be fetched now. */
 static bool next_in_order(pager *p, pager_chunk *c)
 {
-    while (p->fetch < p->released + p->num_uses) {
+    if (find_next_in_order(p)) {
         use *u = use_at(p, p->fetch);
         block *b = block_of(p, u);
         transfer *t = transfer_of(p, u);
-        if (t->state != TRANSFER_IDLE && t->issued == b->span) { /* a resident block that is here or under way */
-            p->fetch++;
-            continue;
-        }
         if (t->state == TRANSFER_IDLE)
             begin_transfer(p, u);
         if (b->kind == BLOCK_STREAMED && !piece_is_free(p, u))
@@ -178,6 +198,8 @@ static void complete_chunk(pager *p, const pager_chunk *c)
     c->transfer->completed += c->length;
     if (c->transfer->completed == c->total)
         c->transfer->state = TRANSFER_READY;
+    if (c->slot != NULL && !experts_awaited(p->experts))
+        return;
     bool slot_is_quiet = c->slot != NULL && c->slot->in_flight == 0; /* it may be wanted for another expert */
     if (c->transfer->state == TRANSFER_READY || p->in_flight == 0 || slot_is_quiet)
         pthread_cond_broadcast(&p->ready);
@@ -193,6 +215,7 @@ static void *reading_thread(void *argument)
         pager_fail_locked(p, ENOMEM, "no memory for reading experts");
     while (!p->stopping) {
         if (!next_chunk(p, &c)) {
+            p->idle++;
             pthread_cond_wait(&p->work, &p->lock);
             continue;
         }
@@ -241,7 +264,7 @@ static void drop_fetched(pager *p, uint64_t from, uint64_t next)
     p->ring_head = end;
     p->fetch = p->cursor = next;
     p->paused = false;
-    pthread_cond_broadcast(&p->work);
+    pager_wake_readers_locked(p, SIZE_MAX);
 }
 
 /* ---- passes ------------------------------------------------------------------------------------------------- */
@@ -269,8 +292,8 @@ static void release_locked(pager *p)
         p->ring_tail = u->ring_end;
         freed = true;
     }
-    if (freed)
-        pthread_cond_broadcast(&p->work);
+    if (freed && find_next_in_order(p))
+        pager_wake_readers_locked(p, SIZE_MAX);
 }
 
 bool pager_begin_pass(pager *p)
@@ -347,7 +370,7 @@ static void skip_released_locked(pager *p)
     while (p->released < p->cursor && use_at(p, p->released)->streamed.state != TRANSFER_READY)
         p->released++;
     if (p->released != before)
-        pthread_cond_broadcast(&p->work);
+        pager_wake_readers_locked(p, SIZE_MAX);
 }
 
 /* Moves the cursor to the next use of this block. The lock is held. */
@@ -505,7 +528,7 @@ void pager_destroy(pager *p)
 {
     pthread_mutex_lock(&p->lock);
     p->stopping = true;
-    pthread_cond_broadcast(&p->work);
+    pager_wake_readers_locked(p, SIZE_MAX);
     pthread_mutex_unlock(&p->lock);
     for (size_t i = 0; i < p->num_threads; i++)
         pthread_join(p->threads[i], NULL);

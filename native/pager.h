@@ -94,6 +94,7 @@ typedef struct {
 
     uint64_t released, cursor, fetch; /* numbers of uses, over all passes: released <= cursor <= fetch, or so */
     unsigned in_flight;
+    unsigned idle; /* reading threads that sleep and were not woken yet */
     bool paused, stopping, aborted;
     atomic_bool halted; /* aborted or failed: readable without the lock */
     int error;          /* errno of the first failure, sticky */
@@ -133,6 +134,10 @@ void pager_release(pager *p);
 /* Brings rows of a ROWS block to their places; `rows`: int32, aligned or not. Returns 0 or an errno (which is sticky). */
 int pager_open_rows(pager *p, uint32_t block, size_t row_bytes, const void *rows, size_t num_rows);
 void pager_close_rows(pager *p, uint32_t block);
+
+/* Wakes as many reading threads as there are new pieces: each one that finds nothing to do takes a processor from the
+   computing. The lock is held. */
+void pager_wake_readers_locked(pager *p, size_t pieces);
 
 /* Makes waits end and passes fail until the next pager_begin_pass. */
 void pager_abort(pager *p);

@@ -225,16 +225,20 @@ def test_decoding_goes_on_after_interrupts_at_any_time(models, monkeypatch):
     try:
         with streaming_engine(path) as engine:
             for number, batch in enumerate(batches):
-                before = engine.position
+                before, done = engine.position, False
                 try:
                     signal.setitimer(signal.ITIMER_REAL, 0.0003 * (number % 20 + 1))
                     engine.prefill(batch)
+                    done = True
                     signal.setitimer(signal.ITIMER_REAL, 0)
                 except KeyboardInterrupt:
                     signal.setitimer(signal.ITIMER_REAL, 0)
-                    interrupts += 1
-                    assert engine.position == before
-                    engine.prefill(batch)
+                    if not done:  # the alarm may also come between the pass and the next line
+                        interrupts += 1
+                        if engine.position == before + len(batch):
+                            engine.truncate(before)  # it came when prefill was about to return
+                        assert engine.position == before
+                        engine.prefill(batch)
                 found += [engine.context.logits(i).copy() for i in range(len(batch))]
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
