@@ -5,6 +5,7 @@
 
 #include "intercept.h"
 #include "memory.h"
+#include "moving.h"
 
 PyObject *raise_errno(int error, const char *text)
 {
@@ -196,11 +197,25 @@ static PyObject *open_pages(PyObject *module, PyObject *args)
     return pages_call(args, memory_open, "pages could not be opened");
 }
 
+static PyObject *move_pages(PyObject *module, PyObject *args)
+{
+    (void)module;
+    uint64_t from, to, bytes;
+    int guard;
+    if (!PyArg_ParseTuple(args, "O&O&O&p", to_uint64, &from, to_uint64, &to, to_uint64, &bytes, &guard))
+        return NULL;
+    if (pages_move((void *)(uintptr_t)from, (void *)(uintptr_t)to, (size_t)bytes, guard != 0) != 0)
+        return raise_errno(errno, "pages could not be moved");
+    Py_RETURN_NONE;
+}
+
 static PyMethodDef functions[] = {
     {"load_without_reading", load_without_reading, METH_VARARGS,
      "load_without_reading(library, [(device, inode, bytes)], function) -> (result, [address or None])"},
     {"guard_pages", guard_pages, METH_VARARGS, "guard_pages(address, bytes): whole pages become untouchable."},
     {"open_pages", open_pages, METH_VARARGS, "open_pages(address, bytes): the pages become readable and writable."},
+    {"move_pages", move_pages, METH_VARARGS,
+     "move_pages(from, to, bytes, guard): whole pages change their address; `from` cannot be touched then, or reads as 0."},
     {NULL, NULL, 0, NULL},
 };
 
