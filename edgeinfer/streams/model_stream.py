@@ -21,8 +21,8 @@ class Step:
     """What one step gave. `start_seconds`, `seconds`: the piece of sound that it is about (of a frame: its
     number, 0).
 
-    `outputs`: by name, without the state. `value`: the number that the model's form watches, such as the
-    probability of speech. A step of `outputs` {} stands for sound that was left out.
+    `outputs`: by name, without the state and without a spectrum that becomes sound. `value`: the number that
+    the model's form watches, such as the probability of speech. `left_out`: the model did not see this piece.
     """
 
     start_seconds: float
@@ -31,6 +31,7 @@ class Step:
     value: float | None = None
     picture: Any = None
     placement: Any = None
+    left_out: bool = False
 
 
 class ModelStream:
@@ -159,7 +160,7 @@ class ModelStream:
         if self._frames is not None:
             if self.makes_sound:
                 self._sound.append(np.zeros(count, np.float32) if sound is None else sound)
-            steps.append(Step(self._position / self.rate, count / self.rate))
+            steps.append(Step(self._position / self.rate, count / self.rate, left_out=True))
         self._position += count
         self._start = self._position
         return steps
