@@ -3,39 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from html import escape
 
 import numpy as np
 
 from edgeinfer.budget import format_size
 from edgeinfer.experts.replay import Replay, bytes_for
 from edgeinfer.experts.trace import Trace
+from edgeinfer.svg import COLOURS, GRID, INK, Frame, line, picture, text
 
 WIDTH, HEIGHT = 1080, 470
-# Okabe and Ito's colours, which people with colour blindness can tell apart.
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c564b", "#7f7f7f")
-INK, GRID = "#222222", "#dddddd"
 LIGHTEST, DARKEST = (247, 251, 255), (8, 48, 107)
 SHADES = 40
-
-
-@dataclass(frozen=True)
-class Frame:
-    """A rectangle of the picture, in its units (pixels at normal size), y downwards."""
-
-    left: float
-    top: float
-    width: float
-    height: float
-
-    def x(self, share: float) -> float:
-        return round(self.left + share * self.width, 1)
-
-    def y(self, share: float) -> float:
-        """Share 0 is the bottom."""
-        return round(self.top + (1 - share) * self.height, 1)
-
 
 CURVES = Frame(70, 84, 400, 300)
 USE = Frame(620, 84, 330, 300)
@@ -45,40 +23,20 @@ def draw(trace: Trace, curve: Sequence[Replay], num_slots: int, use: np.ndarray)
     """The SVG. `curve`: replays of rising sizes; `num_slots`: the one to mark; `use`: (layers, experts)."""
     shape = f"{trace.num_layers} layers of {trace.num_experts} experts, {trace.num_used} used a token"
     title = f"{trace.model[:60]}: {shape}"
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" '
-        f'height="{HEIGHT}" '
-        f'font-family="DejaVu Sans, Helvetica, Arial, sans-serif" font-size="12" fill="{INK}">',
-        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
-        _text(24, 32, title, size=17),
-        *_curves(trace, curve, num_slots),
-        *_expert_use(trace, use),
-        "</svg>",
-    ]
-    return "\n".join(parts) + "\n"
-
-
-def _text(x: float, y: float, text: str, *, anchor: str = "start", size: int = 12, more: str = "") -> str:
-    # XML has no control characters, and a model's name may hold any
-    text = "".join(char if char.isprintable() else " " for char in text)
-    return f'<text x="{x}" y="{y}" text-anchor="{anchor}" font-size="{size}" {more}>{escape(text)}</text>'
-
-
-def _line(x1: float, y1: float, x2: float, y2: float, colour: str, more: str = "") -> str:
-    return f'<line x1="{x1}" y1="{y1}" x2="{x2}" y2="{y2}" stroke="{colour}" {more}/>'
+    return picture(WIDTH, HEIGHT, title, _curves(trace, curve, num_slots) + _expert_use(trace, use))
 
 
 def _curves(trace: Trace, curve: Sequence[Replay], num_slots: int) -> list[str]:
     frame, total = CURVES, trace.num_keys
     phase = "decoded tokens" if trace.decode.any() else "prompts only"
-    parts = [_text(frame.left, 60, f"Hit rate over memory for experts ({phase})", size=13)]
+    parts = [text(frame.left, 60, f"Hit rate over memory for experts ({phase})", size=13)]
     for share in (0, 0.25, 0.5, 0.75, 1):
         memory = format_size(bytes_for(trace, round(share * total))) if share else "0"
         parts += [
-            _line(frame.left, frame.y(share), frame.x(1), frame.y(share), GRID),
-            _text(frame.left - 8, frame.y(share) + 4, f"{share:.0%}", anchor="end"),
-            _text(frame.x(share), frame.y(0) + 18, memory, anchor="middle"),
-            _text(
+            line(frame.left, frame.y(share), frame.x(1), frame.y(share), GRID),
+            text(frame.left - 8, frame.y(share) + 4, f"{share:.0%}", anchor="end"),
+            text(frame.x(share), frame.y(0) + 18, memory, anchor="middle"),
+            text(
                 frame.x(share),
                 frame.y(0) + 34,
                 f"{share:.0%}",
@@ -88,9 +46,9 @@ def _curves(trace: Trace, curve: Sequence[Replay], num_slots: int) -> list[str]:
             ),
         ]
     here = frame.x(num_slots / total)
-    parts.append(_line(here, frame.top, here, frame.y(0), "#999999", 'stroke-dasharray="2 3"'))
+    parts.append(line(here, frame.top, here, frame.y(0), "#999999", 'stroke-dasharray="2 3"'))
     parts.append(
-        _text(here, frame.top - 5, format_size(bytes_for(trace, num_slots)), anchor="middle", size=11)
+        text(here, frame.top - 5, format_size(bytes_for(trace, num_slots)), anchor="middle", size=11)
     )
     rates = {name: [_rate(point.policies[name]) for point in curve] for name in curve[0].policies}
     rates["Belady"] = [_rate(point.belady) for point in curve]
@@ -101,8 +59,8 @@ def _curves(trace: Trace, curve: Sequence[Replay], num_slots: int) -> list[str]:
         where = (f"{frame.x(p.num_slots / total)},{frame.y(v)}" for p, v in zip(curve, values, strict=True))
         lines.append(f'<polyline points="{" ".join(where)}" fill="none" stroke="{colour}" {style}/>')
         y = frame.top + 14 + 20 * number
-        parts.append(_line(frame.x(1) + 14, y - 4, frame.x(1) + 38, y - 4, colour, style))
-        parts.append(_text(frame.x(1) + 44, y, name))
+        parts.append(line(frame.x(1) + 14, y - 4, frame.x(1) + 38, y - 4, colour, style))
+        parts.append(text(frame.x(1) + 44, y, name))
     return parts + lines[::-1]  # the first, the default, lies over those that it equals
 
 
@@ -118,27 +76,27 @@ def _expert_use(trace: Trace, use: np.ndarray) -> list[str]:
     # A root, so that the many experts that are seldom used differ to the eye; see _scale.
     levels = np.ceil(np.sqrt(shares / largest) * (SHADES - 1)).astype(int)
     row, column = frame.height / trace.num_layers, frame.width / trace.num_experts
-    parts = [_text(frame.left, 60, "Share of the tokens that use an expert, by layer", size=13)]
-    for layer, line in enumerate(levels.tolist()):
+    parts = [text(frame.left, 60, "Share of the tokens that use an expert, by layer", size=13)]
+    for layer, shades in enumerate(levels.tolist()):
         y, start = round(frame.top + layer * row, 2), 0
-        for end in range(1, len(line) + 1):
-            if end < len(line) and line[end] == line[start]:
+        for end in range(1, len(shades) + 1):
+            if end < len(shades) and shades[end] == shades[start]:
                 continue
             x, width = round(frame.left + start * column, 2), round((end - start) * column + 0.3, 2)
-            shade = _shade(line[start] / (SHADES - 1))
+            shade = _shade(shades[start] / (SHADES - 1))
             parts.append(
                 f'<rect x="{x}" y="{y}" width="{width}" height="{round(row + 0.3, 2)}" fill="{shade}"/>'
             )
             start = end
     for layer in sorted({0, trace.num_layers // 2, trace.num_layers - 1}):
         parts.append(
-            _text(frame.left - 8, round(frame.top + (layer + 0.5) * row + 4, 1), str(layer), anchor="end")
+            text(frame.left - 8, round(frame.top + (layer + 0.5) * row + 4, 1), str(layer), anchor="end")
         )
     middle = frame.top + frame.height / 2
     turned = f'transform="rotate(-90 {frame.left - 38} {middle})"'
-    parts.append(_text(frame.left - 38, middle, "layer with experts", anchor="middle", more=turned))
-    parts.append(_text(frame.x(0), frame.y(0) + 18, "most used expert"))
-    parts.append(_text(frame.x(1), frame.y(0) + 18, "least used", anchor="end"))
+    parts.append(text(frame.left - 38, middle, "layer with experts", anchor="middle", more=turned))
+    parts.append(text(frame.x(0), frame.y(0) + 18, "most used expert"))
+    parts.append(text(frame.x(1), frame.y(0) + 18, "least used", anchor="end"))
     return parts + _scale(Frame(frame.x(1) + 24, frame.top, 14, frame.height), largest)
 
 
@@ -152,7 +110,7 @@ def _scale(frame: Frame, largest: float) -> list[str]:
             f'<rect x="{frame.left}" y="{top}" width="{frame.width}" height="{height}" fill="{shade}"/>'
         )
     for share in (0, 0.5, 1):
-        parts.append(_text(frame.x(1) + 6, frame.y(share) + 4, f"{share**2 * largest:.0%}"))
+        parts.append(text(frame.x(1) + 6, frame.y(share) + 4, f"{share**2 * largest:.0%}"))
     return parts
 
 
