@@ -13,6 +13,7 @@ from pathlib import Path
 
 PAGE = 4096
 _DIRECT = getattr(os, "O_DIRECT", 0)
+_NO_WAIT = getattr(os, "RWF_NOWAIT", 0)
 
 
 class AlignedBuffer:
@@ -27,10 +28,10 @@ class AlignedBuffer:
 
 
 class SourceFile:
-    """A file to read from at any place."""
+    """A file to read from at any place: from the page cache what is there already, the rest past it."""
 
     def __init__(self, path: Path):
-        self.path = path
+        self._path = path
         self._handle = os.open(path, os.O_RDONLY)
         self._direct = _open_direct(path, os.O_RDONLY)
 
@@ -39,37 +40,54 @@ class SourceFile:
 
         Raises OSError, also where the file is shorter.
         """
-        start = offset % PAGE
         if self._direct is not None:
-            length = -(-(start + size) // PAGE) * PAGE
-            try:
-                # at the file's end fewer bytes come
-                if self._fill(self._direct, buffer.view[:length], offset - start, start + size):
-                    return buffer.view[start : start + size]
-            except OSError as error:
-                if error.errno != errno.EINVAL:
-                    raise
-        if not self._fill(self._handle, buffer.view[:size], offset, size):
-            raise OSError(errno.EIO, "the file became shorter", str(self.path))
+            found = self._cached(offset, size, buffer) or self._uncached(offset, size, buffer)
+            if found is not None:
+                return found
+        if not _fill(self._handle, buffer.view[:size], offset, size):
+            raise OSError(errno.EIO, "the file became shorter", str(self._path))
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self._handle, offset, size, os.POSIX_FADV_DONTNEED)
         return buffer.view[:size]
 
-    @staticmethod
-    def _fill(handle: int, view: memoryview, offset: int, needed: int) -> bool:
-        """Whether `needed` bytes could be read."""
-        done = 0
-        while done < needed:
-            count = os.preadv(handle, [view[done:]], offset + done)
-            if count == 0:
-                return False
-            done += count
-        return True
+    def _cached(self, offset: int, size: int, buffer: AlignedBuffer) -> memoryview | None:
+        """None where a part is not in the page cache."""
+        if not _NO_WAIT:
+            return None
+        try:
+            complete = os.preadv(self._handle, [buffer.view[:size]], offset, _NO_WAIT) == size
+        except OSError:  # nothing is there, or the file system cannot tell
+            return None
+        return buffer.view[:size] if complete else None
+
+    def _uncached(self, offset: int, size: int, buffer: AlignedBuffer) -> memoryview | None:
+        """Whole pages around the bytes; None where the file system wants other ones."""
+        start = offset % PAGE
+        length = -(-(start + size) // PAGE) * PAGE
+        try:
+            if not _fill(self._direct, buffer.view[:length], offset - start, start + size):
+                return None
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            return None
+        return buffer.view[start : start + size]
 
     def close(self) -> None:
         os.close(self._handle)
         if self._direct is not None:
             os.close(self._direct)
+
+
+def _fill(handle: int, view: memoryview, offset: int, needed: int) -> bool:
+    """Read into `view`, `needed` bytes at least (at the file's end fewer than it has room for); whether they came."""
+    done = 0
+    while done < needed:
+        count = os.preadv(handle, [view[done:]], offset + done)
+        if count == 0:
+            return False
+        done += count
+    return True
 
 
 class TargetFile:
