@@ -85,9 +85,7 @@ class ExpertMeter:
         self._reads = cycle(reads)
         self._size = max(size for _, _, size in reads)
         self._files = [os.open(path, os.O_RDONLY | os.O_DIRECT) for path in file.paths]
-        self._buffers = [mmap.mmap(-1, self._size) for _ in range(threads)]
-        for buffer in self._buffers:
-            buffer[:: mmap.PAGESIZE] = bytes(len(range(0, self._size, mmap.PAGESIZE)))
+        self._buffers = _touched_buffers(self._size, threads)
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="meter")
 
     def read(self, most_bytes: int) -> float:
@@ -99,17 +97,27 @@ class ExpertMeter:
         total = sum(self._threads.map(self._read, self._buffers, share))
         return total / (time.perf_counter() - started)
 
-    def _read(self, buffer: mmap.mmap, reads: Iterable[tuple[int, int, int]]) -> int:
+    def _read(self, buffer: memoryview, reads: Iterable[tuple[int, int, int]]) -> int:
         return sum(
-            os.preadv(self._files[part], [memoryview(buffer)[:size]], offset) for part, offset, size in reads
+            os.preadv(self._files[part], [buffer[:size]], offset) for part, offset, size in reads
         )
 
     def close(self) -> None:
         self._threads.shutdown()
         for file in self._files:
             os.close(file)
-        for buffer in self._buffers:
-            buffer.close()
+        self._buffers.clear()
+
+
+def _touched_buffers(size: int, count: int) -> list[memoryview]:
+    """Memory like that of the cache: in huge pages, where direct reads were up to twice as fast as in small ones."""
+    from edgeinfer import _native
+
+    huge_page = 2 << 20
+    stride = -(-size // huge_page) * huge_page
+    memory = memoryview(_native.Arena(stride * count)).cast("B")
+    memory[:: mmap.PAGESIZE] = bytes(len(memory) // mmap.PAGESIZE)
+    return [memory[number * stride : number * stride + size] for number in range(count)]
 
 
 def expert_reads(file: ModelFile) -> Iterable[tuple[int, int, int]]:
