@@ -1,0 +1,80 @@
+"""The files of one stage: its graph, and its weights in the forms that its kernels want them in.
+
+ONNX Runtime writes both: weights that a kernel rearranges ("prepacks") for this processor are stored rearranged as
+well, and are then used straight from the file. So a stage's session holds nothing of them itself.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import onnxruntime as ort
+
+from edgeinfer.onnx.homes import Mapping, mappings
+from edgeinfer.onnx.runtime import session_options
+
+INLINE_BYTES = 64 << 10  # weights below this stay in the graph's own file, and so in memory
+
+
+@dataclass(frozen=True)
+class StageFiles:
+    """A prepared stage. `ranges`: (offset, bytes) of the data file that its session maps, whole pages."""
+
+    model: str
+    data: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    ranges: tuple[tuple[int, int], ...] = ()
+
+    def as_json(self) -> dict:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict) -> StageFiles:
+        ranges = tuple((int(offset), int(nbytes)) for offset, nbytes in values["ranges"])
+        return cls(
+            str(values["model"]), str(values["data"]), tuple(values["inputs"]), tuple(values["outputs"]), ranges
+        )
+
+
+def write_stage(model: bytes, folder: Path, files: StageFiles, data_folder: Path) -> None:
+    """Let ONNX Runtime write `files` into `folder` from a stage's model, whose weights are in files of `data_folder`."""
+    options = _stage_options(1)
+    options.optimized_model_filepath = os.fspath(folder / files.model)
+    settings = {
+        "session.model_external_initializers_file_folder_path": os.fspath(data_folder),
+        "session.save_external_prepacked_constant_initializers": "1",
+        "session.optimized_model_external_initializers_file_name": files.data,
+        "session.optimized_model_external_initializers_min_size_in_bytes": str(INLINE_BYTES),
+    }
+    for key, value in settings.items():
+        options.add_session_config_entry(key, value)
+    ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def open_stage(folder: Path, files: StageFiles, threads: int) -> tuple[ort.InferenceSession, list[Mapping]]:
+    """The session of a stage, and where it has mapped its weights."""
+    options = _stage_options(threads)
+    options.add_session_config_entry("session.use_env_allocators", "1")
+    data = folder / files.data
+    before = set(mappings(data)) if data.exists() else set()  # of another model that is opened from the same files
+    session = ort.InferenceSession(os.fspath(folder / files.model), options, providers=["CPUExecutionProvider"])
+    found = mappings(data) if data.exists() else []
+    return session, [mapping for mapping in found if mapping not in before]
+
+
+def page_ranges(found: Iterable[Mapping]) -> tuple[tuple[int, int], ...]:
+    return tuple((mapping.offset, mapping.nbytes) for mapping in found)
+
+
+def _stage_options(threads: int) -> ort.SessionOptions:
+    options = session_options(threads)
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # done, over the whole graph
+    # Weights that are rearranged while a session is made pass through memory that goes back to the system.
+    options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
+    # Each session has threads of its own: those of one must not spin while another computes.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return options
