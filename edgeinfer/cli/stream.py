@@ -151,7 +151,8 @@ def _source(source: str, pipeline: Any, options: dict[str, Any]) -> Iterable[Any
     first = next(iter(pipeline.streams.values()))
     if not pipeline.on_sound:
         return _frames(source, first, options)
-    piece = round(sources.PIECE_SECONDS * pipeline.rate)
+    live = options["realtime"] or source == "-"
+    piece = round((sources.PIECE_SECONDS if live else sources.FAST_PIECE_SECONDS) * pipeline.rate)
     if source != "-":
         if options["raw"]:
             raise InputError("--raw is for standard input: -i -.")

@@ -3,38 +3,22 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING
 
 import numpy as np
-import onnxruntime as ort
 
-from edgeinfer.budget import Ledger, default_budget, parse_size, process_memory
-from edgeinfer.errors import EngineError, InputError, ModelFileError
-from edgeinfer.onnx.ports import Port, check_feeds, make_port
-from edgeinfer.onnx.runtime import explained, session_options
-from edgeinfer.system import default_threads
-
-if TYPE_CHECKING:
-    from edgeinfer.streams.model_stream import ModelStream
+from edgeinfer.budget import process_memory
+from edgeinfer.errors import EngineError, InputError
+from edgeinfer.onnx.graph import OnnxFile
+from edgeinfer.onnx.opening import Opened, open_model
+from edgeinfer.onnx.plan import OnnxPlan
+from edgeinfer.onnx.ports import Port, check_feeds
 
 __all__ = ["OnnxModel", "OnnxPlan", "OnnxStatistics", "Port", "open_onnx"]
-
-Progress = Callable[[float], None]
-
-
-@dataclass(frozen=True)
-class OnnxPlan:
-    """How a model is run. `mode`: "in-memory" (one stock session) or "streaming"; `reason`: why, for people."""
-
-    mode: str
-    budget_bytes: int
-    ledger: Ledger
-    num_stages: int = 1
-    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -46,53 +30,56 @@ class OnnxStatistics:
     streamed_bytes: int  # weights read for one use each
     wait_seconds: float  # computing stood still for the disk
     disk_bytes_per_second: float | None  # while reading; None: nothing was read
-    passes: int  # calls of run
+    passes: int  # calls of run that gave outputs
     budget_bytes: int
     peak_memory_bytes: int
 
 
 class OnnxModel:
-    """An opened model: `run` it, then close it, or use it as a context manager. One `run` at a time.
+    """An opened model: `run` it, then close it, or use it as a context manager. One `run` at a time: others wait.
 
-    `inputs`, `outputs`: what `run` takes and gives; `metadata`: the file's own key-value pairs; `plan`: how it is run.
+    `inputs`, `outputs`: what `run` takes and gives; `metadata`: the file's own key-value pairs; `plan`: how it is run,
+    which changes when inputs of new sizes come.
     """
 
-    def __init__(self, session: ort.InferenceSession, path: str, plan: OnnxPlan, started: float):
-        self._session = session
-        self._path = path
-        self.plan = plan
-        self.inputs = tuple(make_port(port.name, port.type, port.shape) for port in session.get_inputs())
-        self.outputs = tuple(make_port(port.name, port.type, port.shape) for port in session.get_outputs())
-        self.metadata: Mapping[str, str] = MappingProxyType(dict(session.get_modelmeta().custom_metadata_map))
+    def __init__(self, file: OnnxFile, opened: Opened, started: float):
+        self._runner = opened.runner
+        self._running = threading.Lock()
+        self.inputs = opened.inputs
+        self.outputs = opened.outputs
+        self.metadata: Mapping[str, str] = MappingProxyType(dict(file.metadata))
         self._passes = 0
+        self._peak = 0
+        self._counters: Mapping[str, float] = {}
+        self._plan = self._runner.plan
         self._load_seconds = time.perf_counter() - started
+
+    @property
+    def plan(self) -> OnnxPlan:
+        if self._runner is not None:
+            self._plan = self._runner.plan
+        return self._plan
+
+    @property
+    def mode(self) -> str:
+        """How the weights are held: "in-memory" (one stock session) or "streaming" (in stages)."""
+        return self.plan.mode
 
     def run(self, feeds: Mapping[str, np.ndarray], outputs: Sequence[str] | None = None) -> dict[str, np.ndarray]:
         """The outputs by name (None: all of them) for `feeds`, an array for each input.
 
-        Raises InputError where a name, type or shape is not the model's, EngineError where ONNX Runtime fails.
+        Raises InputError where a name, type or shape is not the model's, EngineError where ONNX Runtime fails,
+        BudgetError where the input needs more than the budget leaves, ReadError where weights cannot be read any more.
         """
-        if self._session is None:
-            raise EngineError("The model is closed. Open it again.")
         arrays = check_feeds(self.inputs, feeds)
-        names = self._wanted(outputs)
-        with explained(self._path):
-            values = self._session.run(names, arrays)
-        self._passes += 1
-        return dict(zip(names, values))
-
-    def stream(
-        self, *, form: str | None = None, state: Mapping[str, str] | None = None, rate: int | None = None
-    ) -> ModelStream:
-        """The model on a stream, its state carried from step to step: see edgeinfer.streams.model_stream.ModelStream.
-
-        `form`: the name of what describes the model, or a JSON file (None: found by its inputs and outputs); `state`:
-        {input: output}, where it is not found by itself; `rate`: samples a second. Raises InputError.
-        """
-        from edgeinfer.forms import read_form
-        from edgeinfer.streams.model_stream import ModelStream
-
-        return ModelStream(self, read_form(form) if form else None, state, rate)
+        wanted = self._wanted(outputs)
+        with self._running:
+            if self._runner is None:
+                raise EngineError("The model is closed. Open it again.")
+            self._peak = max(self._peak, process_memory().peak_rss_bytes)  # a pass that is measured starts it anew
+            results = self._runner.run(arrays, wanted)
+            self._passes += 1
+        return results
 
     def _wanted(self, outputs: Sequence[str] | None) -> list[str]:
         known = [port.name for port in self.outputs]
@@ -101,21 +88,34 @@ class OnnxModel:
                 raise InputError(f"The model has no output {name!r}. Its outputs are {', '.join(known)}.")
         return known if outputs is None else list(outputs)
 
+    def read_pass(self) -> int:
+        """Read the streamed weights of one pass without computing, and give the bytes; 0 where nothing is streamed."""
+        with self._running:
+            return self._runner.read_pass() if self._runner is not None else 0
+
     def statistics(self) -> OnnxStatistics:
+        if self._runner is not None:
+            self._counters = self._runner.counters()
+        counters = self._counters
+        read, busy = int(counters.get("read_bytes", 0)), counters.get("busy_seconds", 0.0)
         return OnnxStatistics(
             load_seconds=self._load_seconds,
             resident_bytes=self.plan.ledger.entries.get("resident_weights", 0),
-            streamed_bytes=0,
-            wait_seconds=0.0,
-            disk_bytes_per_second=None,
+            streamed_bytes=read - int(counters.get("resident_bytes", 0)),
+            wait_seconds=counters.get("wait_seconds", 0.0),
+            disk_bytes_per_second=read / busy if busy else None,
             passes=self._passes,
             budget_bytes=self.plan.budget_bytes,
-            peak_memory_bytes=process_memory().peak_rss_bytes,
+            peak_memory_bytes=max(self._peak, process_memory().peak_rss_bytes),
         )
 
     def close(self) -> None:
-        """Give back all memory, threads and files."""
-        self._session = None
+        """Give back all memory, threads and files. `statistics` stay."""
+        with self._running:
+            runner, self._runner = self._runner, None
+            if runner is not None:
+                self._plan, self._counters = runner.plan, runner.counters()
+                runner.close()
 
     def __enter__(self) -> OnnxModel:
         return self
@@ -130,21 +130,16 @@ def open_onnx(
     memory: int | str | None = None,
     threads: int | None = None,
     provider: str | None = None,
-    progress: Progress | None = None,
+    progress: Callable[[float], None] | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> OnnxModel:
     """Open the ONNX model at `path` so that the process stays within `memory` (bytes, "2GiB", "50%"; None: what is free).
 
     `threads`: computing threads; `provider`: "cpu", "cuda" or "tensorrt" (None: the best that is there); `progress`:
-    called with the finished fraction of what has to be prepared. Raises ModelFileError, BudgetError, EngineError.
+    called with the finished fraction of what has to be done first; `say`: called with a sentence for people before a
+    model is prepared. Raises ModelFileError, BudgetError, EngineError.
     """
     started = time.perf_counter()
-    path = os.fspath(path)
-    if not os.path.isfile(path):
-        raise ModelFileError(f"No model file at {path}: expected an .onnx file.")
-    budget = default_budget() if memory is None else memory if isinstance(memory, int) else parse_size(memory)
-    with explained(path, ModelFileError):
-        session = ort.InferenceSession(
-            path, session_options(threads or default_threads()), providers=["CPUExecutionProvider"]
-        )
-    plan = OnnxPlan("in-memory", budget, Ledger({"interpreter": process_memory().rss_bytes}))
-    return OnnxModel(session, path, plan, started)
+    options = {"memory": memory, "threads": threads, "provider": provider, "progress": progress, "say": say}
+    file, opened = open_model(path, **options)
+    return OnnxModel(file, opened, started)

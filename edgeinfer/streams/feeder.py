@@ -95,17 +95,24 @@ class Feeder:
         return True
 
     def __iter__(self) -> Iterator[Piece]:
-        while True:
-            with self._changed:
-                while not self._queue and not self._done:
-                    self._changed.wait()
-                if not self._queue:
-                    break
-                data, arrival, missed = self._queue.popleft()
-                self._changed.notify_all()
-            yield Piece(data, arrival, missed)
-        if self._error is not None:
+        while pieces := self._take(1):
+            yield pieces[0]
+
+    def batches(self) -> Iterator[list[Piece]]:
+        """All pieces that are there, again and again: waking a thread for each one costs time."""
+        while pieces := self._take(self._depth):
+            yield pieces
+
+    def _take(self, most: int) -> list[Piece]:
+        """At least one piece, where there is one; [] at the end. Raises the source's error behind its last piece."""
+        with self._changed:
+            while not self._queue and not self._done:
+                self._changed.wait()
+            taken = [Piece(*self._queue.popleft()) for _ in range(min(most, len(self._queue)))]
+            self._changed.notify_all()
+        if not taken and self._error is not None:
             raise self._error
+        return taken
 
     @property
     def missed_at_end(self) -> int:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,8 +16,7 @@ from edgeinfer.streams.framing import make_frames
 from edgeinfer.streams.state import candidates, find_state, zero_state
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """What one step gave. `start_seconds`, `seconds`: the piece of sound that it is about (of a frame: its
     number, 0).
 
@@ -27,7 +26,7 @@ class Step:
 
     start_seconds: float
     seconds: float
-    outputs: Mapping[str, np.ndarray] = field(default_factory=dict)
+    outputs: Mapping[str, np.ndarray] = MappingProxyType({})
     value: float | None = None
     picture: Any = None
     placement: Any = None
@@ -56,18 +55,16 @@ class ModelStream:
         self._inputs = {port.name: port for port in model.inputs}
         known = {**(self.form.state if self.form else {}), **(state or {})}
         self.state = find_state(model.inputs, model.outputs, known)
-        self._wanted = [port.name for port in model.outputs]
+        self._names = [port.name for port in model.outputs]
+        self._watched = self.form.gate.output if self.form and self.form.gate else ""
         self._values = self._fixed_values(rate)
         self.input = self._find_input()
+        self.makes_sound = self.framing is not None and self.framing.output is not None
         self.rate = (rate or self.framing.rate) if self.framing else None
         self._frames = make_frames(self.framing, self.rate) if self.framing else None
         self.busy_seconds = 0.0
         self.steps = 0
         self.reset()
-
-    @property
-    def makes_sound(self) -> bool:
-        return self.framing is not None and self.framing.output is not None
 
     def _fixed_values(self, rate: int | None) -> dict[str, np.ndarray]:
         values = dict(self.form.values) if self.form else {}
@@ -115,7 +112,7 @@ class ModelStream:
 
     def reset(self) -> None:
         """Forget everything: the state is zeros again, the next sample is the first."""
-        self._state = {name: zero_state(self._inputs[name]) for name in self.state}
+        self.forget_state()
         self._position = 0  # samples or frames that were taken
         self._start = 0  # where the sound that is being put together began
         self._restored = 0  # samples of it that were given out
@@ -167,18 +164,30 @@ class ModelStream:
 
     def forget_state(self) -> None:
         """The next step is computed as the first one was; the position is kept."""
-        self._state = {name: zero_state(self._inputs[name]) for name in self.state}
+        states = {name: zero_state(self._inputs[name]) for name in self.state}
+        self._feeds = {**self._values, **states}
+        self._checked: tuple[int, ...] | None = None
 
-    def over(self, pieces: Iterable[Any], late: str = "wait", depth: int = 8) -> Iterator[Step]:
+    def over(self, pieces: Iterable[Any], late: str = "wait", depth: int = 32) -> Iterator[Step]:
         """The steps for `pieces`, which a thread of its own takes while steps are computed. See
-        edgeinfer.streams.feeder."""
+        edgeinfer.streams.feeder. Pieces of a sound that wait are fed together.
+        """
         from edgeinfer.streams.feeder import Feeder
 
         with Feeder(pieces, late=late, depth=depth) as feeder:
-            for piece in feeder:
-                if piece.missed:
-                    yield from self.skip(piece.missed)
-                yield from self.feed(piece.data)
+            for batch in feeder.batches():
+                if batch[0].missed:
+                    yield from self.skip(batch[0].missed)
+                if self._frames is not None and not any(piece.missed for piece in batch[1:]):
+                    yield from self.feed(np.concatenate([_samples(piece.data) for piece in batch]))
+                    continue
+                yield from self.feed(batch[0].data)
+                for piece in batch[1:]:
+                    if piece.missed:
+                        yield from self.skip(piece.missed)
+                    yield from self.feed(piece.data)
+            if feeder.missed_at_end:
+                yield from self.skip(feeder.missed_at_end)
         yield from self.finish()
 
     def _one(self, data: Any) -> Step:
@@ -195,15 +204,16 @@ class ModelStream:
         return Step(float(self._position - 1), 0.0, outputs, self._watch(outputs), picture, placement)
 
     def _through(self, frames: list[np.ndarray]) -> list[Step]:
-        hop, steps, spectra = self._frames.hop, [], []
+        hop, rate, steps, spectra = self._frames.hop, self.rate, [], []
+        at = self._start + self._stepped * hop
         for frame in frames:
             outputs = self._step(frame)
             if self.makes_sound:
                 spectra.append(outputs.pop(self.framing.output))
-            at = self._start + self._stepped * hop
-            seconds = max(0, min(hop, self._position - at)) / self.rate
-            steps.append(Step(at / self.rate, seconds, outputs, self._watch(outputs)))
-            self._stepped += 1
+            seconds = max(0, min(hop, self._position - at)) / rate
+            steps.append(Step(at / rate, seconds, outputs, self._watch(outputs)))
+            at += hop
+        self._stepped += len(frames)
         if self.makes_sound:
             sound = self._frames.restore(spectra)[: self._position - self._start - self._restored]
             self._restored += len(sound)
@@ -211,15 +221,22 @@ class ModelStream:
         return steps
 
     def _step(self, data: np.ndarray) -> dict[str, np.ndarray]:
-        outputs = self.model.run({self.input.name: data, **self._values, **self._state})
+        """One run of the model; the first one of a shape is checked. Its new state is fed to the next one."""
+        feeds = self._feeds
+        feeds[self.input.name] = data
+        if data.shape == self._checked:
+            outputs = dict(zip(self._names, self.model.run_again(feeds)))
+        else:
+            outputs = self.model.run(feeds)
+            self._checked = data.shape
         for name, output in self.state.items():
-            self._state[name] = outputs.pop(output)
+            feeds[name] = outputs.pop(output)
         self.steps += 1
         return outputs
 
     def _watch(self, outputs: Mapping[str, np.ndarray]) -> float | None:
-        gate = self.form.gate if self.form else None
-        return float(outputs[gate.output].ravel()[0]) if gate and gate.output in outputs else None
+        watched = outputs.get(self._watched)
+        return None if watched is None else float(watched.flat[0])
 
 
 def _samples(data: Any) -> np.ndarray:
