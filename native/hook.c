@@ -1,4 +1,4 @@
-#include "hook.h"
+#include "hook_internal.h"
 
 #include <errno.h>
 #include <stdio.h>
@@ -93,8 +93,7 @@ static void give_back(hook *h)
     pager_release(h->pager);
 }
 
-/* The pass cannot go on, and this node must not touch what is absent. The abort callback ends the pass behind it. */
-static void silence(hook *h, ggml_view *node)
+void hook_silence(hook *h, ggml_view *node)
 {
     if (h->silenced != NULL) /* nodes come in order: that one is past */
         h->silenced->op = h->silenced_op;
@@ -103,116 +102,12 @@ static void silence(hook *h, ggml_view *node)
     node->op = h->operations.none;
 }
 
-static void refuse(hook *h, ggml_view *node, const ggml_view *weight, const char *why)
+void hook_refuse(hook *h, ggml_view *node, const ggml_view *weight, const char *why)
 {
     char text[PAGER_TEXT_BYTES];
     snprintf(text, sizeof text, "weight %.63s is used %s", weight->name, why);
     pager_fail(h->pager, EINVAL, text);
-    silence(h, node);
-}
-
-/* ---- experts ------------------------------------------------------------------------------------------------- */
-
-/* The expert numbers in `ids`, which is computed, one after the other. false: no memory. */
-static bool copy_ids(hook *h, const ggml_view *ids)
-{
-    size_t count = (size_t)(ids->ne[0] * ids->ne[1]);
-    if (count > h->chosen_capacity) {
-        int32_t *chosen = realloc(h->chosen, count * sizeof *chosen);
-        h->chosen = chosen ? chosen : h->chosen;
-        int32_t *slots = realloc(h->slots, count * sizeof *slots);
-        h->slots = slots ? slots : h->slots;
-        if (chosen == NULL || slots == NULL)
-            return false;
-        h->chosen_capacity = count;
-    }
-    for (int64_t t = 0; t < ids->ne[1]; t++)
-        for (int64_t k = 0; k < ids->ne[0]; k++)
-            memcpy(&h->chosen[t * ids->ne[0] + k], (char *)ids->data + t * (int64_t)ids->nb[1] + k * (int64_t)ids->nb[0],
-                   sizeof *h->chosen);
-    return true;
-}
-
-/* While this layer computes, the next one's likely experts are read: its gate is asked with this layer's input. */
-static void predict_next(hook *h, const ggml_view *node, uint32_t layer)
-{
-    const ggml_view *input = node->src[1];
-    uint32_t next = layer + 1;
-    if (h->gates == NULL || next >= h->num_gates || h->gates[next].weights == NULL || node->src[2]->ne[1] != 1 ||
-        input->ne[0] != h->gates[next].width || input->ne[1] * input->ne[2] != 1)
-        return;
-    const expert_gate *gate = &h->gates[next];
-    uint32_t ranked = h->log.on && 2 * h->num_guesses <= gate->num_experts ? 2 * h->num_guesses : h->num_guesses;
-    predict_by_gate(gate, input->data, h->gate_values, h->guesses, ranked);
-    routing_log_add(&h->log, ROUTING_PREDICTION, next, 1, ranked, (const int32_t *)h->guesses);
-    experts_predict(h->pager, next, h->guesses, h->num_guesses);
-}
-
-/* The slots of the experts that the router chose for this layer, as a tensor in the place of its choice. */
-static bool select_experts(hook *h, ggml_view *node, const hook_weight *weight)
-{
-    ggml_view *ids = node->src[2];
-    if (h->num_patched > 0) { /* the selection before is still to be computed with */
-        refuse(h, node, weight->tensor, "among products of other experts");
-        return false;
-    }
-    int error = ENOMEM;
-    bool good = copy_ids(h, ids);
-    if (!good)
-        pager_fail(h->pager, ENOMEM, "no memory for the choice of experts");
-    good = good && experts_select(h->pager, weight->layer, h->chosen, (size_t)(ids->ne[0] * ids->ne[1]),
-                                  ids->ne[1] == 1, h->slots, &error);
-    if (!good && error == E2BIG) {
-        h->too_many_experts = true;
-        pager_abort(h->pager);
-    } else if (!good && error == EINVAL) {
-        refuse(h, node, weight->tensor, "with a choice of experts that it does not have");
-        return false;
-    }
-    if (!good) {
-        silence(h, node);
-        return false;
-    }
-    h->shadow = *ids;
-    h->shadow.op = h->operations.none;
-    h->shadow.view_src = NULL;
-    h->shadow.data = h->slots;
-    h->shadow.nb[0] = sizeof(int32_t);
-    for (int d = 1; d < 4; d++)
-        h->shadow.nb[d] = h->shadow.nb[d - 1] * (size_t)ids->ne[d - 1];
-    for (int i = 0; i < GGML_VIEW_SOURCES; i++)
-        h->shadow.src[i] = NULL;
-    h->ids = ids;
-    h->selected_layer = weight->layer;
-    routing_log_add(&h->log, ROUTING_CHOICE, weight->layer, (size_t)ids->ne[1], (size_t)ids->ne[0], h->chosen);
-    predict_next(h, node, weight->layer);
-    return true;
-}
-
-/* Makes a product by experts ready to be computed. *stop: its run ends behind it. false: the pass ends. */
-static bool ask_for_experts(hook *h, ggml_view *node, const hook_weight *weight, bool *stop)
-{
-    if (node->op != h->operations.mul_mat_id || node->src[0] != weight->tensor ||
-        h->num_patched == EXPERT_MATRICES) {
-        refuse(h, node, weight->tensor, "in a way that was not seen when the model was loaded");
-        return false;
-    }
-    if ((h->ids != node->src[2] || h->selected_layer != weight->layer) && !select_experts(h, node, weight))
-        return false;
-    bool rest_ready;
-    if (!experts_wait(h->pager, weight->matrix, &rest_ready)) {
-        silence(h, node);
-        return false;
-    }
-    h->patched[h->num_patched].node = node;
-    h->patched[h->num_patched++].ids = node->src[2];
-    node->src[2] = &h->shadow;
-    /* Computing begins while later matrices are being read; and behind the last product of a choice, or where those of
-       two choices take turns, the slots may go. */
-    *stop = *stop || !rest_ready || weight->switches;
-    if (weight->switches)
-        h->ids = NULL;
-    return true;
+    hook_silence(h, node);
 }
 
 /* Choices of experts are the only integers that a graph computes: behind each the run ends, so that it can be read. */
@@ -227,7 +122,7 @@ static bool ask(hook *h, ggml_view *node)
     bool stop = h->pass_starts || computes_a_choice(h, node);
     h->pass_starts = false;
     if (pager_halted(h->pager)) {
-        silence(h, node);
+        hook_silence(h, node);
         return true;
     }
     bool next_ready = true;
@@ -239,26 +134,26 @@ static bool ask(hook *h, ggml_view *node)
         hook_weight *weight = find_weight(h, tensor);
         if (weight == NULL) {
             if (tensor->op == h->operations.none && in_model(h, tensor->data)) {
-                refuse(h, node, tensor, "that was not seen when the model was loaded");
+                hook_refuse(h, node, tensor, "that was not seen when the model was loaded");
                 return true;
             }
             continue;
         }
         if (weight->experts) {
-            if (!ask_for_experts(h, node, weight, &stop))
+            if (!hook_ask_for_experts(h, node, weight, &stop))
                 return true;
             continue;
         }
         if (weight->rows && node->op == h->operations.get_rows && i == 0)
             continue;
         if (!weight->has_block || (weight->streamed && (source != tensor || only_renames(h, node)))) {
-            refuse(h, node, tensor, "in a way that was not seen when the model was loaded");
+            hook_refuse(h, node, tensor, "in a way that was not seen when the model was loaded");
             return true;
         }
         uint8_t *address;
         if (h->num_held == sizeof h->held / sizeof *h->held ||
             !pager_acquire(h->pager, weight->block, &address, &next_ready)) {
-            silence(h, node);
+            hook_silence(h, node);
             return true;
         }
         if (weight->streamed) {
@@ -361,41 +256,6 @@ int hook_bind(hook *h, pager *p, const hook_weight *weights, size_t num_weights)
     h->table_size = size;
     h->pager = p;
     h->num_held = 0;
-    return 0;
-}
-
-void hook_point_to_pools(hook *h)
-{
-    for (size_t i = 0; i < h->num_weights; i++) {
-        const hook_weight *weight = &h->weights[i];
-        if (!weight->experts)
-            continue;
-        const expert_cache *cache = h->pager->experts;
-        const expert_kind *kind = &cache->kinds[cache->layers[weight->layer].kind];
-        weight->tensor->data = kind->pool[weight->matrix];
-        weight->tensor->ne[2] = kind->num_slots;
-        weight->tensor->nb[2] = kind->stride[weight->matrix];
-        weight->tensor->nb[3] = kind->stride[weight->matrix] * kind->num_slots;
-    }
-}
-
-int hook_set_gates(hook *h, const expert_gate *gates, uint32_t num_gates, uint32_t num_guesses)
-{
-    uint32_t most = 1;
-    for (uint32_t i = 0; i < num_gates; i++)
-        most = gates[i].num_experts > most ? gates[i].num_experts : most;
-    free(h->gates);
-    free(h->gate_values);
-    free(h->guesses);
-    h->gates = malloc((num_gates ? num_gates : 1) * sizeof *h->gates);
-    h->gate_values = malloc(most * sizeof *h->gate_values);
-    h->guesses = malloc(most * sizeof *h->guesses);
-    h->num_gates = 0;
-    if (h->gates == NULL || h->gate_values == NULL || h->guesses == NULL)
-        return ENOMEM;
-    memcpy(h->gates, gates, num_gates * sizeof *gates);
-    h->num_gates = num_gates;
-    h->num_guesses = num_guesses < most ? num_guesses : most;
     return 0;
 }
 
