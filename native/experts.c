@@ -1,139 +1,12 @@
 #define _GNU_SOURCE
-#include "experts.h"
+#include "experts_internal.h"
 
 #include <errno.h>
 #include <stdlib.h>
-#include <string.h>
-#include <time.h>
 
-/* ---- requests ------------------------------------------------------------------------------------------------ */
+#include "monotonic.h"
 
-static bool queue_init(expert_queue *q, size_t capacity)
-{
-    q->entries = calloc(capacity, sizeof *q->entries);
-    q->capacity = capacity;
-    return q->entries != NULL;
-}
-
-/* A full queue forgets its oldest entry: capacity is above what can be open, so that one is stale. */
-static void queue_push(expert_queue *q, expert_request r)
-{
-    if (q->count == q->capacity) {
-        q->first = (q->first + 1) % q->capacity;
-        q->count--;
-    }
-    q->entries[(q->first + q->count++) % q->capacity] = r;
-}
-
-static expert_kind *kind_of_key(expert_cache *cache, uint32_t key)
-{
-    return &cache->kinds[cache->layers[key / cache->num_experts].kind];
-}
-
-static bool fully_issued(const expert_kind *kind, const expert_slot *slot, uint32_t matrix)
-{
-    return slot->matrix[matrix].issued == kind->bytes[matrix];
-}
-
-bool experts_next_chunk(expert_cache *cache, size_t most, pager_chunk *c, bool needed)
-{
-    expert_queue *q = needed ? &cache->needed : &cache->guessed;
-    if (!needed && cache->guesses_in_flight == EXPERT_GUESSES_IN_FLIGHT)
-        return false;
-    for (; q->count > 0; q->first = (q->first + 1) % q->capacity, q->count--) {
-        expert_request r = q->entries[q->first];
-        expert_kind *kind = kind_of_key(cache, r.key);
-        expert_slot *slot = &kind->slots[r.slot];
-        transfer *t = &slot->matrix[r.matrix];
-        if (slot->key != r.key || fully_issued(kind, slot, r.matrix))
-            continue; /* given to another expert, or read on another request */
-        const expert_layer *layer = &cache->layers[r.key / cache->num_experts];
-        uint64_t start = layer->offset[r.matrix] + (uint64_t)(r.key % cache->num_experts) * kind->bytes[r.matrix];
-        size_t left = kind->bytes[r.matrix] - t->issued;
-        size_t length = left < most ? left : most;
-        t->state = TRANSFER_READING;
-        *c = (pager_chunk){.source = layer->source[r.matrix], .transfer = t, .total = kind->bytes[r.matrix],
-                           .to = t->to + t->issued, .offset = start + t->issued, .length = length, .needed = length,
-                           .wanted_offset = start, .wanted_bytes = kind->bytes[r.matrix], .slot = slot,
-                           .guess = !needed};
-        t->issued += length;
-        slot->in_flight++;
-        cache->guesses_in_flight += !needed;
-        return true;
-    }
-    return false;
-}
-
-/* ---- slots --------------------------------------------------------------------------------------------------- */
-
-typedef struct {
-    expert_cache *cache;
-    expert_kind *kind;
-} eviction;
-
-static bool slot_may_go(const expert_cache *cache, const expert_slot *slot)
-{
-    return slot->in_flight == 0 && slot->selection != cache->selection;
-}
-
-static bool key_may_go(uint32_t key, void *data)
-{
-    eviction *e = data;
-    uint32_t slot = e->cache->slot_of_key[key];
-    return slot != EXPERT_NONE && slot_may_go(e->cache, &e->kind->slots[slot]);
-}
-
-static void empty_slot(expert_cache *cache, expert_kind *kind, expert_slot *slot)
-{
-    if (slot->key == EXPERT_NONE)
-        return;
-    if (!slot->passing) {
-        policy_remove(kind->policy, slot->key);
-        kind->num_loose++;
-    }
-    cache->slot_of_key[slot->key] = EXPERT_NONE;
-    slot->key = EXPERT_NONE;
-    slot->passing = false;
-}
-
-/* A slot that is free, or that a prefill left behind; then the policy's choice. EXPERT_NONE: all are in use. */
-static uint32_t find_slot(expert_cache *cache, expert_kind *kind)
-{
-    for (uint32_t i = 0; kind->num_loose > 0 && i < kind->num_slots; i++) {
-        uint32_t number = (kind->hand + i) % kind->num_slots;
-        expert_slot *slot = &kind->slots[number];
-        if ((slot->key == EXPERT_NONE && slot->in_flight == 0) || (slot->passing && slot_may_go(cache, slot))) {
-            kind->hand = number + 1;
-            empty_slot(cache, kind, slot);
-            return number;
-        }
-    }
-    eviction e = {cache, kind};
-    uint32_t key = policy_victim(kind->policy, key_may_go, &e);
-    if (key == POLICY_NONE)
-        return EXPERT_NONE;
-    uint32_t number = cache->slot_of_key[key];
-    empty_slot(cache, kind, &kind->slots[number]);
-    return number;
-}
-
-/* The slot is free. `passing`: only for this pass; otherwise the policy knows it from now on. */
-static void fill_slot(expert_cache *cache, expert_kind *kind, uint32_t number, uint32_t key, bool passing)
-{
-    expert_slot *slot = &kind->slots[number];
-    slot->key = key;
-    slot->guessed = false;
-    slot->passing = passing;
-    slot->selection = cache->selection;
-    if (!passing) {
-        kind->num_loose--;
-        policy_insert(kind->policy, key);
-    }
-    cache->slot_of_key[key] = number;
-    for (uint32_t m = 0; m < kind->num_matrices; m++)
-        slot->matrix[m] = (transfer){.state = TRANSFER_IDLE,
-                                     .to = kind->pool[m] + (size_t)number * kind->stride[m]};
-}
+/* ---- selecting ----------------------------------------------------------------------------------------------- */
 
 static bool slot_ready(const expert_kind *kind, const expert_slot *slot)
 {
@@ -141,37 +14,6 @@ static bool slot_ready(const expert_kind *kind, const expert_slot *slot)
         if (slot->matrix[m].state != TRANSFER_READY)
             return false;
     return true;
-}
-
-/* ---- selecting ----------------------------------------------------------------------------------------------- */
-
-static bool fully_read_or_on_the_way(const expert_kind *kind, const expert_slot *slot)
-{
-    for (uint32_t m = 0; m < kind->num_matrices; m++)
-        if (!fully_issued(kind, slot, m))
-            return false;
-    return true;
-}
-
-/* The layer that was guessed at has chosen. A wrong guess that is read already may stay until its slot is wanted, which
-   is sooner than the policy would say: it must not push out what was used. One that is not is dropped. */
-static void judge_guesses(expert_cache *cache, uint32_t layer)
-{
-    expert_kind *kind = &cache->kinds[cache->layers[layer].kind];
-    for (uint32_t i = 0; i < cache->num_guessed; i++) {
-        expert_slot *slot = &kind->slots[cache->guessed_slots[i]];
-        if (slot->key == EXPERT_NONE || !slot->guessed || slot->selection == cache->selection)
-            continue;
-        if (!fully_read_or_on_the_way(kind, slot)) {
-            empty_slot(cache, kind, slot);
-        } else {
-            policy_remove(kind->policy, slot->key);
-            kind->num_loose++;
-            slot->passing = true;
-        }
-    }
-    cache->num_guessed = 0;
-    cache->guessed.count = 0; /* what was guessed right is asked for again, as needed */
 }
 
 static void count_wanted(expert_cache *cache, expert_kind *kind, uint32_t key, bool decoding, bool is_predicted_layer)
@@ -202,16 +44,9 @@ static void count_wanted(expert_cache *cache, expert_kind *kind, uint32_t key, b
 static uint32_t wait_for_slot(pager *p, expert_kind *kind)
 {
     uint32_t number;
-    while ((number = find_slot(p->experts, kind)) == EXPERT_NONE && p->in_flight > 0 && !pager_halted(p))
+    while ((number = experts_find_slot(p->experts, kind)) == EXPERT_NONE && p->in_flight > 0 && !pager_halted(p))
         pthread_cond_wait(&p->ready, &p->lock);
     return number;
-}
-
-static void request(expert_kind *kind, expert_queue *q, uint32_t matrix, uint32_t number)
-{
-    expert_slot *slot = &kind->slots[number];
-    if (matrix < kind->num_matrices && !fully_issued(kind, slot, matrix))
-        queue_push(q, (expert_request){number, matrix, slot->key});
 }
 
 /* slot_of_expert becomes 0 for the experts that `ids` names. 0, or an errno where they cannot all be had. */
@@ -259,7 +94,7 @@ bool experts_select(pager *p, uint32_t layer_number, const int32_t *ids, size_t 
         for (uint32_t e = 0; e < cache->num_experts; e++)
             cache->statistics.predicted += cache->predicted[e];
     if (cache->predicted_layer != EXPERT_NONE)
-        judge_guesses(cache, cache->predicted_layer);
+        experts_judge_guesses(cache, cache->predicted_layer);
     cache->predicted_layer = EXPERT_NONE;
     for (uint32_t e = 0; e < cache->num_experts; e++) {
         if (cache->slot_of_expert[e] == EXPERT_NONE)
@@ -273,7 +108,7 @@ bool experts_select(pager *p, uint32_t layer_number, const int32_t *ids, size_t 
                 *error = ECANCELED;
                 goto done;
             }
-            fill_slot(cache, kind, number, key, !decoding);
+            experts_fill_slot(cache, kind, number, key, !decoding);
         }
         expert_slot *slot = &kind->slots[number];
         slot->guessed = false;
@@ -287,7 +122,7 @@ bool experts_select(pager *p, uint32_t layer_number, const int32_t *ids, size_t 
     }
     for (uint32_t m = 0; m < kind->num_matrices; m++) /* matrix by matrix: the first product starts first */
         for (uint32_t i = 0; i < cache->num_chosen; i++)
-            request(kind, &cache->needed, m, cache->chosen[i]);
+            experts_request(kind, &cache->needed, m, cache->chosen[i]);
     pager_wake_readers_locked(p, cache->needed.count * (kind->bytes[0] / p->chunk_bytes + 1));
     for (size_t i = 0; i < num_ids; i++)
         slots[i] = (int32_t)cache->slot_of_expert[ids[i]];
@@ -308,13 +143,6 @@ bool experts_awaited(const expert_cache *cache)
 {
     const expert_kind *kind = &cache->kinds[cache->layers[cache->layer].kind];
     return cache->awaited == EXPERT_NONE || matrix_ready(cache, kind, cache->awaited);
-}
-
-static uint64_t now_ns(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
 }
 
 bool experts_wait(pager *p, uint32_t matrix, bool *rest_ready)
@@ -339,68 +167,6 @@ bool experts_wait(pager *p, uint32_t matrix, bool *rest_ready)
     return good;
 }
 
-/* Wrong guesses cost reads that others wait for: where most are wrong, guessing pauses, and is tried again later. */
-static bool guessing_pays(expert_cache *cache)
-{
-    enum { judged = 256, pause = 2048 };
-    if (cache->predictions_off > 0) {
-        cache->predictions_off--;
-        return false;
-    }
-    if (cache->guesses_judged >= judged) {
-        bool pays = 4 * cache->guesses_right >= cache->guesses_judged;
-        cache->guesses_judged = cache->guesses_right = 0;
-        if (!pays)
-            cache->predictions_off = pause;
-        return pays;
-    }
-    return true;
-}
-
-void experts_predict(pager *p, uint32_t layer, const uint32_t *experts, size_t num_experts)
-{
-    expert_cache *cache = p->experts;
-    if (layer >= cache->num_layers)
-        return;
-    expert_kind *kind = &cache->kinds[cache->layers[layer].kind];
-    uint32_t limit = cache->layers[layer].num_experts;
-    pthread_mutex_lock(&p->lock);
-    if (!guessing_pays(cache)) {
-        pthread_mutex_unlock(&p->lock);
-        return;
-    }
-    memset(cache->predicted, 0, cache->num_experts * sizeof *cache->predicted);
-    cache->num_guessed = 0;
-    cache->predicted_layer = layer;
-    /* Those that are here are spared first: another guess must not take their place. */
-    for (size_t i = 0; i < num_experts; i++) {
-        if (experts[i] >= limit)
-            continue;
-        uint32_t number = cache->slot_of_key[layer * cache->num_experts + experts[i]];
-        cache->predicted[experts[i]] = true;
-        if (number != EXPERT_NONE)
-            kind->slots[number].selection = cache->selection;
-    }
-    for (size_t i = 0; i < num_experts; i++) {
-        uint32_t key = layer * cache->num_experts + experts[i];
-        if (experts[i] >= limit || cache->slot_of_key[key] != EXPERT_NONE)
-            continue;
-        uint32_t number = find_slot(cache, kind);
-        if (number == EXPERT_NONE)
-            break;
-        fill_slot(cache, kind, number, key, false);
-        kind->slots[number].guessed = true;
-        cache->guessed_slots[cache->num_guessed++] = number;
-        cache->statistics.guesses++;
-        cache->guesses_judged++;
-        for (uint32_t m = 0; m < kind->num_matrices; m++)
-            request(kind, &cache->guessed, m, number);
-    }
-    if (cache->guessed.count > 0)
-        pager_wake_readers_locked(p, EXPERT_GUESSES_IN_FLIGHT - cache->guesses_in_flight);
-    pthread_mutex_unlock(&p->lock);
-}
-
 void experts_reset(expert_cache *cache)
 {
     cache->selection++;
@@ -411,12 +177,19 @@ void experts_reset(expert_cache *cache)
     for (uint32_t k = 0; k < cache->num_kinds; k++)
         for (uint32_t i = 0; i < cache->kinds[k].num_slots; i++) {
             expert_slot *slot = &cache->kinds[k].slots[i];
-            if (slot->key != EXPERT_NONE && !fully_read_or_on_the_way(&cache->kinds[k], slot))
-                empty_slot(cache, &cache->kinds[k], slot);
+            if (slot->key != EXPERT_NONE && !experts_slot_issued(&cache->kinds[k], slot))
+                experts_empty_slot(cache, &cache->kinds[k], slot);
         }
 }
 
 /* ---- life ---------------------------------------------------------------------------------------------------- */
+
+static bool queue_init(expert_queue *q, size_t capacity)
+{
+    q->entries = calloc(capacity, sizeof *q->entries);
+    q->capacity = capacity;
+    return q->entries != NULL;
+}
 
 expert_cache *experts_new(expert_layer *layers, uint32_t num_layers, uint32_t num_experts, expert_kind *kinds,
                           uint32_t num_kinds)
