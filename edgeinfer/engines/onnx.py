@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -17,6 +18,10 @@ from edgeinfer.onnx.graph import OnnxFile
 from edgeinfer.onnx.opening import Opened, open_model
 from edgeinfer.onnx.plan import OnnxPlan
 from edgeinfer.onnx.ports import Port, check_feeds
+from edgeinfer.onnx.stock import StockModel
+
+if TYPE_CHECKING:
+    from edgeinfer.streams.model_stream import ModelStream
 
 __all__ = ["OnnxModel", "OnnxPlan", "OnnxStatistics", "Port", "open_onnx"]
 
@@ -80,6 +85,30 @@ class OnnxModel:
             results = self._runner.run(arrays, wanted)
             self._passes += 1
         return results
+
+    def run_again(self, feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        """All outputs in their order for `feeds` that `run` has taken before, names, types and shapes alike.
+
+        Nothing is checked where one stock session holds the model: a check would slow small steps by a few per cent.
+        """
+        with self._running:
+            if isinstance(self._runner, StockModel):
+                self._passes += 1
+                return self._runner.run_again(feeds)
+        return list(self.run(feeds).values())
+
+    def stream(
+        self, *, form: str | None = None, state: Mapping[str, str] | None = None, rate: int | None = None
+    ) -> ModelStream:
+        """The model on a stream, its state carried from step to step: see edgeinfer.streams.model_stream.ModelStream.
+
+        `form`: the name of what describes the model, or a JSON file (None: found by its inputs and outputs); `state`:
+        {input: output}, where it is not found by itself; `rate`: samples a second. Raises InputError.
+        """
+        from edgeinfer.forms import read_form
+        from edgeinfer.streams.model_stream import ModelStream
+
+        return ModelStream(self, read_form(form) if form else None, state, rate)
 
     def _wanted(self, outputs: Sequence[str] | None) -> list[str]:
         known = [port.name for port in self.outputs]
