@@ -199,12 +199,14 @@ def reset_peak() -> bool:
 LEDGER_ENTRIES: dict[str, str] = {
     "interpreter": "Python and libraries",
     "metadata": "vocabulary and metadata",
+    "sessions": "sessions of the stages",
     "resident_weights": "weights kept in memory",
     "row_buffer": "rows of the embedding",
     "ring": "ring for streamed weights",
     "expert_cache": "cache of experts",
     "kv_cache": "KV cache",
     "compute_buffers": "compute and work buffers",
+    "activations": "activations",
     "logits": "logits and outputs",
     "load_peak": "extra while loading",
 }

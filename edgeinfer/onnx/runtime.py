@@ -13,9 +13,10 @@ from edgeinfer.errors import EdgeInferError, EngineError, ModelFileError
 _FATAL_ONLY = 4  # errors are raised, so they need no line on standard error
 
 
-def session_options(threads: int) -> ort.SessionOptions:
+def session_options(threads: int | None) -> ort.SessionOptions:
     options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
+    if threads is not None:  # otherwise as many as ONNX Runtime finds fit
+        options.intra_op_num_threads = threads
     options.log_severity_level = _FATAL_ONLY
     return options
 

@@ -75,6 +75,7 @@ def _stage_options(threads: int) -> ort.SessionOptions:
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # done, over the whole graph
     # Weights that are rearranged while a session is made pass through memory that goes back to the system.
     options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
+    options.enable_mem_pattern = False  # one block for a whole stage would not fit into what another has left
     # Each session has threads of its own: those of one must not spin while another computes.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return options

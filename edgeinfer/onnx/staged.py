@@ -1,0 +1,161 @@
+"""A staged model under its budget: what its inputs need besides weights decides how many weights can stay.
+
+Nobody knows what a model computes with before it has seen an input: shapes vary. So the first pass of a new shape
+streams all weights, which is not slower than reading them, and is measured; the rest of the budget is for weights then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from edgeinfer.budget import format_size, process_memory, reset_peak
+from edgeinfer.errors import BudgetError, EngineError
+from edgeinfer.onnx.cache import Entry
+from edgeinfer.onnx.plan import Block, OnnxPlan, make_plan, smallest_weights
+from edgeinfer.onnx.prepare import Prepared
+from edgeinfer.onnx.providers import Choice
+from edgeinfer.onnx.stages import Stages, blocks_of
+from edgeinfer.remembered import remembered
+
+_MIB = 1 << 20
+_SLACK = 6 * _MIB  # what comes and goes: allocator fragments, thread stacks, Python objects
+_SESSION_BYTES = 3 * _MIB // 4  # of one stage, besides its graph; measured
+
+Shapes = tuple[tuple[int, ...], ...]
+
+
+class StagedModel:
+    """The stages of a prepared model, planned for the shapes that they see."""
+
+    def __init__(
+        self,
+        path: Path,
+        entry: Entry,
+        prepared: Prepared,
+        budget_bytes: int,
+        threads: int,
+        choice: Choice,
+        progress: Callable[[float], None] | None = None,
+    ):
+        self._entry = entry
+        self._budget = budget_bytes
+        self._choice = choice
+        self._reason = f"The model runs in one stage: {prepared.single_reason}." if prepared.single_reason else ""
+        self._key = f"{entry.folder.name} {threads}"
+        blocks = blocks_of(prepared)
+        overhead = _expected_overhead(entry.folder, prepared, blocks)
+        self.plan = self._make_plan(blocks, len(prepared.stages), overhead, measuring=True)
+        most = budget_bytes - sum(overhead.values()) - smallest_weights(blocks)
+        self._stages = Stages(path, entry.folder, prepared, threads, most, progress)
+        try:
+            self._overhead = _held_now(overhead, blocks)
+            self.plan = self._plan(measuring=True)
+        except BaseException:
+            self.close()
+            raise
+        self._armed: OnnxPlan | None = None
+        self._activations: dict[Shapes, int] = {}
+
+    def run(self, feeds: Mapping[str, np.ndarray], wanted: Sequence[str]) -> dict[str, np.ndarray]:
+        """The `wanted` outputs by name. Raises BudgetError where the input needs more than the budget leaves."""
+        shapes = tuple(feeds[name].shape for name in sorted(feeds))
+        if not any(_covers(known, shapes) for known in self._activations):
+            measured: list[dict[str, np.ndarray]] = []
+
+            def measure() -> int:
+                nbytes, results = self._measure(feeds, wanted)
+                measured.append(results)
+                return nbytes
+
+            self._activations[shapes] = remembered(f"onnx activations {self._key} {shapes}", measure, kind=int)
+            self.plan = self._plan(measuring=False)
+            if measured:
+                return measured[0]
+        return self._run(feeds, wanted)
+
+    def _run(self, feeds: Mapping[str, np.ndarray], wanted: Sequence[str]) -> dict[str, np.ndarray]:
+        self._arm()
+        try:
+            return self._stages.run(feeds, wanted)
+        except EngineError as error:
+            if "Available memory of" in str(error):  # the arena's limit
+                raise self._too_large(feeds) from error
+            raise
+
+    def _arm(self) -> None:
+        if self._armed is not self.plan:
+            self._armed = None
+            self._stages.arm(self.plan)
+            self._armed = self.plan
+
+    def _measure(self, feeds: Mapping[str, np.ndarray], wanted: Sequence[str]) -> tuple[int, dict[str, np.ndarray]]:
+        """(bytes besides what was there before and the weights, outputs) of a pass that keeps as little as it can."""
+        self.plan = self._plan(measuring=True)
+        self._arm()  # what was kept before is gone
+        before = sum(self._overhead.values()) - self._overhead["load_peak"]
+        reset_peak()
+        results = self._run(feeds, wanted)
+        entries = self.plan.ledger.entries
+        peak = process_memory().peak_rss_bytes
+        return max(0, peak - before - entries["resident_weights"] - entries["ring"]), results
+
+    def _too_large(self, feeds: Mapping[str, np.ndarray]) -> BudgetError:
+        shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in feeds.items())
+        return BudgetError(
+            f"The budget of {format_size(self._budget)} is too small for this input ({shapes}): what is computed with it "
+            "does not fit beside the weights of one stage. Raise --memory, or give a smaller input."
+        )
+
+    def _plan(self, measuring: bool) -> OnnxPlan:
+        activations = 0 if measuring else max(self._activations.values())
+        overhead = dict(self._overhead, activations=activations)
+        return self._make_plan(self._stages.blocks, self._stages.num_stages, overhead, measuring)
+
+    def _make_plan(
+        self, blocks: Sequence[Block], num_stages: int, overhead: Mapping[str, int], measuring: bool
+    ) -> OnnxPlan:
+        plan = make_plan(blocks, num_stages, self._budget, overhead, measuring, self._reason)
+        return replace(plan, provider=self._choice.name, provider_reason=self._choice.reason)
+
+    def read_pass(self) -> int:
+        """See Stages.read_pass."""
+        return self._stages.read_pass()
+
+    def counters(self) -> dict[str, float]:
+        """See Stages.statistics."""
+        return self._stages.statistics()
+
+    def close(self) -> None:
+        self._stages.close()
+        self._entry.close()
+
+
+def _covers(known: Shapes, shapes: Shapes) -> bool:
+    """Whether inputs of `shapes` need no more than those of `known` did."""
+    return len(known) == len(shapes) and all(
+        len(one) == len(other) and all(a >= b for a, b in zip(one, other)) for one, other in zip(known, shapes)
+    )
+
+
+def _expected_overhead(folder: Path, prepared: Prepared, blocks: Sequence[Block]) -> dict[str, int]:
+    """Before sessions are made: what they will take. Graphs are held as messages, and weights in them once more."""
+    graphs = sum((folder / files.model).stat().st_size for files in prepared.stages)
+    return {
+        "interpreter": process_memory().rss_bytes,
+        "sessions": 3 * graphs + _SESSION_BYTES * len(prepared.stages),
+        "load_peak": _load_peak(blocks),
+    }
+
+
+def _held_now(expected: Mapping[str, int], blocks: Sequence[Block]) -> dict[str, int]:
+    now = process_memory().rss_bytes
+    interpreter = min(now, expected["interpreter"])
+    return {"interpreter": interpreter, "sessions": now - interpreter, "load_peak": _load_peak(blocks)}
+
+
+def _load_peak(blocks: Sequence[Block]) -> int:
+    return _SLACK + sum(block.nbytes for block in blocks) // 512  # page tables: 8 bytes a page
