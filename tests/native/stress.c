@@ -1,63 +1,9 @@
 /* The pager without Python, under sanitizers: `stress FILE SECONDS SEED` writes FILE and runs passes over it with random
    blocks, rings, chunks, threads and orders of use, aborted from a second thread, and compares every byte. */
 #define _GNU_SOURCE
-#include <errno.h>
-#include <fcntl.h>
-#include <pthread.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <time.h>
-#include <unistd.h>
-
-#include "memory.h"
-#include "pager.h"
+#include "stress_common.h"
 
 enum { FILE_PAGES = 48, MAX_BLOCKS = 24, MAX_USES = 40 };
-
-static uint8_t *truth;
-static size_t truth_bytes;
-static const char *path;
-static unsigned random_state;
-
-static unsigned below(unsigned limit) { return (unsigned)rand_r(&random_state) % limit; }
-
-static double now(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + (double)t.tv_nsec * 1e-9;
-}
-
-static void fail(const char *what, unsigned long long number)
-{
-    fprintf(stderr, "%s %llu\n", what, number);
-    abort();
-}
-
-/* ---- the aborting thread ------------------------------------------------------------------------------------ */
-
-typedef struct {
-    pager *pager;
-    atomic_bool stop, may_abort;
-    unsigned seed;
-} aborter;
-
-static void *abort_now_and_then(void *argument)
-{
-    aborter *a = argument;
-    while (!atomic_load(&a->stop)) {
-        struct timespec t = {0, (long)((unsigned)rand_r(&a->seed) % 2000000)};
-        nanosleep(&t, NULL);
-        pager_statistics s;
-        pager_copy_statistics(a->pager, &s);
-        if (s.pass_fraction < 0 || s.pass_fraction > 1)
-            fail("fraction of a pass", (unsigned long long)s.passes);
-        if (atomic_load(&a->may_abort))
-            pager_abort(a->pager);
-    }
-    return NULL;
-}
 
 /* ---- one pager ---------------------------------------------------------------------------------------------- */
 
@@ -196,41 +142,19 @@ static bool run_pass(round_state *r, aborter *a, uint64_t *acquired)
     return false;
 }
 
-static void write_file(void)
-{
-    truth_bytes = FILE_PAGES * memory_page_bytes() + 1234;
-    truth = malloc(truth_bytes);
-    int fd = open(path, O_CREAT | O_TRUNC | O_WRONLY, 0600);
-    if (truth == NULL || fd < 0)
-        fail("making the file", (unsigned long long)errno);
-    for (size_t i = 0; i < truth_bytes; i++)
-        truth[i] = (uint8_t)rand_r(&random_state);
-    if (write(fd, truth, truth_bytes) != (ssize_t)truth_bytes || close(fd) != 0)
-        fail("writing the file", (unsigned long long)errno);
-}
-
 int main(int argc, char **argv)
 {
-    if (argc != 4)
-        return 2;
-    path = argv[1];
-    double end = now() + atof(argv[2]);
-    random_state = (unsigned)atoi(argv[3]);
-    alarm((unsigned)atof(argv[2]) + 30); /* a deadlock ends here */
-    write_file();
+    double end = begin(argc, argv, FILE_PAGES);
     uint64_t rounds = 0, passes = 0, acquired = 0, read_bytes = 0, refused = 0;
     while (now() < end) {
         static round_state r;
         open_round(&r);
-        aborter a = {.pager = &r.pager, .seed = below(1u << 30)};
-        pthread_t thread;
-        if (pthread_create(&thread, NULL, abort_now_and_then, &a) != 0)
-            fail("starting a thread", 0);
+        aborter a;
+        start_aborter(&a, &r.pager);
         bool good = true;
         for (int i = 0; i < 30 && good && now() < end; i++)
             good = run_pass(&r, &a, &acquired);
-        atomic_store(&a.stop, true);
-        pthread_join(thread, NULL);
+        stop_aborter(&a);
         pager_statistics s;
         pager_copy_statistics(&r.pager, &s);
         passes += s.passes;
