@@ -11,6 +11,7 @@ from edgeinfer.exporters.tokenizer_files import TokenizerFiles, read_object, rea
 
 Merge = tuple[str, str]
 _MAX_MERGES = 1 << 21
+_UTF8_BYTES = [byte for byte in range(256) if byte not in (0xC0, 0xC1, *range(0xF5, 0x100))]
 _NO_MERGE = "\uffff \uffff"  # of letters that stand for no byte: llama.cpp wants a list, GGUF has no empty ones
 
 
@@ -54,13 +55,13 @@ def plain_files_table(files: TokenizerFiles, model_type: Any) -> TokenTable:
     if lines[0].startswith("#version"):
         del lines[0]
     merges = read_merges(str(files.path("merges.txt")), [line.rstrip("\r") for line in lines if line.strip()], texts)
-    name = files.settings.get("tokenizer_class")
-    pre = recognise_class(name if isinstance(name, str) else None, str(files.path("tokenizer_config.json")))
+    where = str(files.path("tokenizer_config.json"))
+    pre = recognise_class(files.settings.get("tokenizer_class"), model_type, where)
     return _table(pre, texts, merges, nfc=pre.nfc)
 
 
 def _table(pre: PreTokenizer, texts: list[str], merges: list[Merge], nfc: bool) -> TokenTable:
-    table = TokenTable("gpt2", pre.name, texts, [NORMAL] * len(texts))
+    table, known = TokenTable("gpt2", pre.name, texts, [NORMAL] * len(texts)), set(texts)
     table.merges = [f"{left} {right}" for left, right in merges] or [_NO_MERGE]
     if nfc:
         table.warnings.append(
@@ -69,10 +70,12 @@ def _table(pre: PreTokenizer, texts: list[str], merges: list[Merge], nfc: bool) 
         )
     if pre.differs:
         table.warnings.append(f"llama.cpp's splitter for {pre.name!r} differs from the original: {pre.differs}")
-    absent = set(byte_letters()).difference(texts)
+    letters = byte_letters()
+    absent = [byte for byte in _UTF8_BYTES if letters[byte] not in known]
     if absent:
         table.warnings.append(
-            f"{len(absent)} of the 256 bytes have no token of their own; text with them is not kept by any tokenizer."
+            f"{len(absent)} bytes have no token of their own (the first is 0x{absent[0]:02X}). Text with them loses them, "
+            "and ids around them may differ."
         )
     return table
 

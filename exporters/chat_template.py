@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from edgeinfer.errors import ExportError
-from edgeinfer.exporters.tokenizer_files import TokenizerFiles, read_object, read_text
+from edgeinfer.exporters.tokenizer_files import TokenizerFiles, is_utf8, read_object, read_text
 
 _KEY = "tokenizer.chat_template"
 _MAX_CHARACTERS = 1 << 20
@@ -22,9 +22,9 @@ def chat_template_metadata(files: TokenizerFiles) -> dict[str, Any]:
     if len(templates) > _MAX_TEMPLATES:
         raise ExportError(f"{where}: has {len(templates)} chat templates, at most {_MAX_TEMPLATES} are allowed.")
     for name, template in templates.items():
-        if not isinstance(template, str) or len(template) > _MAX_CHARACTERS:
+        if not isinstance(template, str) or len(template) > _MAX_CHARACTERS or not is_utf8(template):
             raise ExportError(
-                f"{where}: the chat template {name!r} is no text of at most {_MAX_CHARACTERS:,} characters."
+                f"{where}: the chat template {name!r} is no Unicode text of at most {_MAX_CHARACTERS:,} characters."
             )
     metadata: dict[str, Any] = {}
     default = templates.pop("default", None)

@@ -29,6 +29,7 @@ class PreTokenizer:
     ignore_merges: bool = False
     nfc: bool = False
     classes: tuple[str, ...] = ()
+    models: tuple[str, ...] = ()
     differs: str | None = None
 
 
@@ -41,7 +42,8 @@ def known_pretokenizers() -> tuple[PreTokenizer, ...]:
 
 def _known(entry: dict[str, Any]) -> PreTokenizer:
     steps = tuple((kind, value) for step in entry.pop("steps") for kind, value in step.items())
-    return PreTokenizer(steps=steps, classes=tuple(entry.pop("classes", ())), **entry)
+    names = {key: tuple(entry.pop(key, ())) for key in ("classes", "models")}
+    return PreTokenizer(steps=steps, **names, **entry)
 
 
 def recognise(
@@ -66,10 +68,13 @@ def recognise(
     return next((known for known in best if known.nfc == nfc), best[0])
 
 
-def recognise_class(name: str | None, where: str) -> PreTokenizer:
-    """For vocab.json with merges.txt, which do not say how text is cut: by the tokenizer's class in transformers."""
+def recognise_class(name: Any, model_type: Any, where: str) -> PreTokenizer:
+    """For vocab.json with merges.txt, which do not say how text is cut: by the tokenizer's class in transformers.
+
+    Without a class the model's type (config.json) tells it, as for transformers.
+    """
     for known in known_pretokenizers():
-        if name in known.classes:
+        if name in known.classes or (name is None and model_type in known.models):
             return known
     classes = sorted(name for known in known_pretokenizers() for name in known.classes)
     raise ExportError(

@@ -6,58 +6,84 @@ the token of the highest score, the leftmost first, as SentencePiece does; bytes
 
 from __future__ import annotations
 
+from math import isfinite
+from pathlib import Path
 from typing import Any
 
 from edgeinfer.errors import ExportError
+from edgeinfer.exporters.added_tokens import AddedToken
 from edgeinfer.exporters.bpe_vocabulary import Merge, model_of, read_merges
-from edgeinfer.exporters.spaces import Spaces, spaces_of_json, spaces_of_model
-from edgeinfer.exporters.token_table import BYTE, NORMAL, SPACE, UNKNOWN, USER_DEFINED, TokenTable, base_tokens
-from edgeinfer.exporters.tokenizer_files import AGAIN, TokenizerFiles, read_bytes
+from edgeinfer.exporters.spaces import Spaces, hides_added_tokens, spaces_of_class, spaces_of_json, spaces_of_model
+from edgeinfer.exporters.token_table import BYTE, MAX_CHARACTERS, NORMAL, SPACE, UNKNOWN, USER_DEFINED, TokenTable, base_tokens
+from edgeinfer.exporters.tokenizer_files import AGAIN, MAX_TOKENS, TokenizerFiles, read_bytes
 
 _BPE = 2  # TrainerSpec.ModelType
 _NEVER = -1e9  # the score of a token that no merge makes
 
 
-def sentencepiece_table(files: TokenizerFiles) -> TokenTable:
-    """The base tokens; added tokens are put in by the caller, then `settle_user_defined` is due.
+def sentencepiece_table(files: TokenizerFiles, added: list[AddedToken]) -> TokenTable:
+    """The base tokens; `added` ones are put in by the caller, then `settle_user_defined` is due.
 
     tokenizer.model gives scores where it agrees with tokenizer.json, which else is what transformers reads. Raises
     ExportError for a kind of SentencePiece model that llama.cpp's "llama" tokenizer is not.
     """
-    if not files.has("tokenizer.model"):
-        return _from_json(files)
-    table = _from_model(files)
-    if files.tokenizer is None:
-        return table
-    where = str(files.path("tokenizer.json"))
-    vocabulary = model_of(files.tokenizer, where).get("vocab")
-    ids = vocabulary if isinstance(vocabulary, dict) else {}
-    if any(ids.get(text) != token for token, text in enumerate(table.texts) if table.types[token] == NORMAL):
-        table = _from_json(files)
-        table.warnings.append("tokenizer.model holds other tokens than tokenizer.json. The latter was used.")
-        return table
-    _set_spaces(table, spaces_of_json(files.tokenizer, table.texts, where))
+    table, spaces = _from_model(files) if files.has("tokenizer.model") else _from_json(files)
+    if files.tokenizer is not None and files.has("tokenizer.model"):
+        if _same_tokens(table, files, added):
+            spaces = spaces_of_json(files.tokenizer, table.texts, str(files.path("tokenizer.json")))
+        else:
+            table, spaces = _from_json(files)
+            table.warnings.append("tokenizer.model holds other tokens than tokenizer.json. The latter was used.")
+    if files.tokenizer is not None and hides_added_tokens(files.tokenizer, any(t.normalized for t in added)):
+        table.warnings.append(
+            "tokenizer.json finds special tokens only at the start of text or after a space (they are normalized); "
+            "llama.cpp finds them everywhere."
+        )
+    spaces = spaces_of_class(spaces, files.settings)
+    table.flags["add_space_prefix"] = spaces.prefix
+    table.warnings.extend(spaces.warnings)
     return table
 
 
-def _from_model(files: TokenizerFiles) -> TokenTable:
+def _same_tokens(table: TokenTable, files: TokenizerFiles, added: list[AddedToken]) -> bool:
+    """Whether tokenizer.json has the pieces of tokenizer.model, and no others but added tokens."""
+    vocabulary = model_of(files.tokenizer or {}, str(files.path("tokenizer.json"))).get("vocab")
+    ids = vocabulary if isinstance(vocabulary, dict) else {}
+    known = {*table.texts, *(token.text for token in added)}
+    pieces = zip(table.texts, table.types)
+    return known.issuperset(ids) and all(
+        ids.get(text) == token for token, (text, kind) in enumerate(pieces) if kind == NORMAL
+    )
+
+
+def _from_model(files: TokenizerFiles) -> tuple[TokenTable, Spaces]:
     path = files.path("tokenizer.model")
     model = _parse(path, read_bytes(path))
     if model.trainer_spec.model_type != _BPE:
         kind = model.trainer_spec.ModelType.Name(model.trainer_spec.model_type)
         raise ExportError(f"{path}: is a SentencePiece model of type {kind}, expected BPE as llama, mistral and gemma have.")
-    texts = [piece.piece for piece in model.pieces]
+    texts = _texts(path, model)
     table = TokenTable("llama", "default", texts, [piece.type for piece in model.pieces])
     table.scores = [piece.score for piece in model.pieces]
+    if not all(map(isfinite, table.scores)):
+        raise ExportError(f"{path}: a piece has a score that is no number. {AGAIN}")
     spec = model.trainer_spec
     places = {"bos": spec.bos_id, "eos": spec.eos_id, "unk": spec.unk_id, "pad": spec.pad_id}
     table.special = {kind: token for kind, token in places.items() if 0 <= token < len(texts)}
     _check_bytes(str(path), table)
-    _set_spaces(table, spaces_of_model(model, str(path)))
-    return table
+    return table, spaces_of_model(model, str(path))
 
 
-def _parse(path: Any, data: bytes) -> Any:
+def _texts(path: Path, model: Any) -> list[str]:
+    if len(model.pieces) > MAX_TOKENS:
+        raise ExportError(f"{path}: has {len(model.pieces):,} pieces, at most {MAX_TOKENS:,} are allowed.")
+    texts = [piece.piece for piece in model.pieces]
+    if not all(isinstance(text, str) and len(text) <= MAX_CHARACTERS for text in texts):
+        raise ExportError(f"{path}: a piece is not UTF-8 text of at most {MAX_CHARACTERS:,} characters. {AGAIN}")
+    return texts
+
+
+def _parse(path: Path, data: bytes) -> Any:
     """A sentencepiece ModelProto."""
     try:
         from google.protobuf.message import DecodeError
@@ -84,7 +110,7 @@ def _is_tiktoken(data: bytes) -> bool:
     return len(parts) == 2 and parts[1].isdigit()
 
 
-def _from_json(files: TokenizerFiles) -> TokenTable:
+def _from_json(files: TokenizerFiles) -> tuple[TokenTable, Spaces]:
     where = str(files.path("tokenizer.json"))
     tokenizer = files.tokenizer or {}
     model = model_of(tokenizer, where)
@@ -97,14 +123,14 @@ def _from_json(files: TokenizerFiles) -> TokenTable:
         )
     table = TokenTable("llama", "default", texts, _types(texts, model.get("unk_token")))
     table.scores = scores_of_merges(texts, merges)
+    table.special = {"unk": table.types.index(UNKNOWN)} if UNKNOWN in table.types else {}
     _check_bytes(where, table)
-    _set_spaces(table, spaces_of_json(tokenizer, texts, where))
     different = num_inexact(texts, merges)
     if different:
         table.warnings.append(
             f"{different:,} merges of this tokenizer cannot be written as scores of tokens; rare words get other ids."
         )
-    return table
+    return table, spaces_of_json(tokenizer, texts, where)
 
 
 def _types(texts: list[str], unknown: Any) -> list[int]:
@@ -137,11 +163,6 @@ def num_inexact(texts: list[str], merges: list[Merge]) -> int:
     )
     changes = sum(text != before for text, before in zip(made, [None, *made]))
     return more + changes - len(set(made))
-
-
-def _set_spaces(table: TokenTable, spaces: Spaces) -> None:
-    table.flags["add_space_prefix"] = spaces.prefix
-    table.warnings[:] = spaces.warnings
 
 
 def _check_bytes(where: str, table: TokenTable) -> None:

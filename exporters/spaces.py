@@ -13,11 +13,13 @@ from typing import Any
 from edgeinfer.errors import ExportError
 from edgeinfer.exporters.token_table import SPACE
 
+_LLAMA = ("LlamaTokenizer", "LlamaTokenizerFast")
 _START = (
-    "Text that begins with a space: the original puts no second one before it, llama.cpp does, so the first ids differ."
+    "Text that begins with a space: transformers puts no second one before it, llama.cpp (and SentencePiece) does, so "
+    "its first ids differ."
 )
 _AFTER = (
-    "Text after a special token: the original puts a space only before the whole text, llama.cpp also after special "
+    "Text after a special token: transformers puts a space only before the whole text, llama.cpp also after special "
     "tokens, so ids there may differ."
 )
 
@@ -52,6 +54,12 @@ def spaces_of_model(model: Any, where: str) -> Spaces:
     return Spaces(spec.add_dummy_prefix, tuple(warnings))
 
 
+def hides_added_tokens(tokenizer: dict[str, Any], normalized: bool) -> bool:
+    """Whether added tokens are looked for with a "▁" before them: in normalized text, where the normalizer puts one."""
+    parts = _flat(tokenizer.get("normalizer"), "normalizers")
+    return normalized and any(part.get("type") == "Prepend" for part in parts)
+
+
 def spaces_of_json(tokenizer: dict[str, Any], texts: list[str], where: str) -> Spaces:
     """From normalizer and pre_tokenizer of a tokenizer.json; `texts` are its tokens. ExportError for unknown ones."""
     prefix, marks = False, False
@@ -74,6 +82,16 @@ def spaces_of_json(tokenizer: dict[str, Any], texts: list[str], where: str) -> S
     if not marks:
         raise ExportError(f"{where}: spaces are not turned into {SPACE!r}, which llama.cpp's SentencePiece tokenizer does.")
     return Spaces(prefix, warnings)
+
+
+def spaces_of_class(spaces: Spaces, settings: dict[str, Any]) -> Spaces:
+    """What transformers' LlamaTokenizer does by tokenizer_config.json; since version 5 the files do not count for it."""
+    if settings.get("tokenizer_class") not in _LLAMA:
+        return spaces
+    if settings.get("add_prefix_space") is False:
+        return Spaces(False, spaces.warnings)
+    late = (_START,) if settings.get("legacy") is True else (_START, _AFTER)
+    return Spaces(True, tuple(dict.fromkeys((*spaces.warnings, *late))))
 
 
 def _scheme(metaspace: dict[str, Any]) -> str:

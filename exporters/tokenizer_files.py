@@ -10,6 +10,7 @@ from typing import Any
 from edgeinfer.errors import ExportError
 
 MAX_FILE_BYTES = 256 << 20  # gemma 3's tokenizer.json has 33 MB
+MAX_TOKENS = 1 << 20  # edgeinfer's own reader of GGUF allows no more; the largest real ones have 262,208
 AGAIN = "The file is damaged: get it again."
 
 
@@ -76,3 +77,17 @@ def read_bytes(path: Path) -> bytes:
     if len(data) > MAX_FILE_BYTES:
         raise ExportError(f"{path}: has more than {MAX_FILE_BYTES:,} bytes, which no tokenizer's file needs.")
     return data
+
+
+def is_utf8(text: str) -> bool:
+    """JSON can hold lone surrogates, which are no text and cannot be written."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def is_id(value: Any) -> bool:
+    """Whether a JSON value can be the id of a token."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < MAX_TOKENS

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from edgeinfer.errors import ExportError
+from edgeinfer.exporters.added_tokens import AddedToken, named_special_tokens, read_added_tokens, text_of
 from edgeinfer.exporters.bpe_vocabulary import byte_level_table, is_byte_level, plain_files_table
 from edgeinfer.exporters.chat_template import chat_template_metadata
 from edgeinfer.exporters.sentencepiece_vocabulary import sentencepiece_table, settle_user_defined
 from edgeinfer.exporters.special_tokens import special_token_metadata
-from edgeinfer.exporters.token_table import AddedToken, TokenTable, read_added_tokens, table_size
+from edgeinfer.exporters.token_table import TokenTable, table_size
 from edgeinfer.exporters.tokenizer_files import TokenizerFiles, read_tokenizer_files
 
 #: llama.cpp strips spaces after special tokens where the model's name has one of these (llama_vocab::impl::load),
@@ -67,12 +68,14 @@ def read_vocabulary(folder: Path, config: Mapping[str, Any]) -> Vocabulary:
     """
     folder = Path(folder)
     files = read_tokenizer_files(folder)
-    table = _base(files, config)
     added = read_added_tokens(files)
+    table = _base(files, config, added)
     table.add(str(folder), added)
+    table.set_special(named_special_tokens(files))
     if table.model == "llama":
         settle_user_defined(table)
-    table.fit(table_size(config, str(folder / "config.json")), str(folder))
+    needed = {text for kind in ("bos", "eos") if (text := text_of(files.settings.get(f"{kind}_token")))}
+    table.fit(table_size(config, str(folder / "config.json")), needed, str(folder))
     table.check(str(folder))
     special = special_token_metadata(files, config, table)
     strips = _strips(table, added)
@@ -80,16 +83,17 @@ def read_vocabulary(folder: Path, config: Mapping[str, Any]) -> Vocabulary:
     return Vocabulary(metadata, len(table.texts), tuple(table.warnings), strips)
 
 
-def _base(files: TokenizerFiles, config: Mapping[str, Any]) -> TokenTable:
+def _base(files: TokenizerFiles, config: Mapping[str, Any], added: list[AddedToken]) -> TokenTable:
     if files.tokenizer is not None and is_byte_level(files.tokenizer):
         return byte_level_table(files)
     if files.tokenizer is not None or files.has("tokenizer.model"):
-        return sentencepiece_table(files)
+        return sentencepiece_table(files, added)
     if files.has("vocab.json") and files.has("merges.txt"):
         return plain_files_table(files, config.get("model_type"))
     raise ExportError(
         f"{files.folder}: found no tokenizer. Expected tokenizer.json, tokenizer.model (SentencePiece), or vocab.json with "
-        "merges.txt: copy them from where the model came from."
+        "merges.txt: copy them from where the model came from. From other formats (tekken.json, tiktoken) transformers "
+        "makes a tokenizer.json: AutoTokenizer.from_pretrained(folder).save_pretrained(folder)."
     )
 
 
