@@ -10,6 +10,7 @@ import click
 from edgeinfer.budget import format_size
 from edgeinfer.cli.inspect import role_group
 from edgeinfer.errors import EdgeInferError
+from edgeinfer.kind import model_kind
 from edgeinfer.modelfile import ModelFile
 from edgeinfer.plan import Plan
 from edgeinfer.system import STREAMING_OFF, streaming_support
@@ -23,6 +24,7 @@ PLACES = {"resident": "in memory", "streamed": "streamed", "cached": "cached", "
     Examples:
       edgeinfer plan big.gguf --memory 2GiB
       edgeinfer plan big.gguf --memory 50% --json
+      edgeinfer plan model.onnx --memory 500MiB
     """
 )
 @click.argument("model")
@@ -37,6 +39,9 @@ def plan(
     """Show where each part of MODEL goes under a memory budget, the predicted speed, and what 1 GiB more would buy."""
     from edgeinfer.engines.opening import plan_model
 
+    if model_kind(model) == "onnx":
+        _plan_onnx(model, memory, ctx, threads, measure, as_json)
+        return
     try:
         found = plan_model(model, memory=memory, context_length=ctx, threads=threads, again=measure)
     except EdgeInferError as error:
@@ -48,6 +53,20 @@ def plan(
     if not streaming_support():
         click.echo(STREAMING_OFF, err=True)
     click.echo(json.dumps(facts) if as_json else table(facts))
+
+
+def _plan_onnx(
+    model: str, memory: str | None, ctx: int | None, threads: int | None, measure: bool, as_json: bool
+) -> None:
+    from edgeinfer.cli.plan_onnx import describe_onnx_plan, table_onnx_plan
+
+    if ctx is not None:
+        raise click.UsageError(f"--ctx is for a GGUF model; {model} is an ONNX model.")
+    try:
+        facts = describe_onnx_plan(model, memory, threads, measure)
+    except EdgeInferError as error:
+        raise click.ClickException(str(error)) from error
+    click.echo(json.dumps(facts) if as_json else table_onnx_plan(facts))
 
 
 def describe(file: ModelFile, plan: Plan) -> dict:

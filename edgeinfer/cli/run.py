@@ -86,6 +86,7 @@ def _finite(_ctx: click.Context, _param: click.Parameter, value: float) -> float
 @click.option("--labels", metavar="FILE", help=f"{_ONNX} names of the classes, a line each, or JSON.")
 @click.option("--top", metavar="N", type=click.IntRange(min=1), help=f"{_ONNX} show so many classes: 5.")
 @click.option("--threshold", metavar="P", type=float, help=f"{_ONNX} the least score of a box.")
+@click.option("--provider", metavar="NAME", help=f"{_ONNX} compute on cpu, cuda or tensorrt.")
 @click.option("--force", is_flag=True, help=f"{_ONNX} replace OUT.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object: the text and all numbers.")
 def run(

@@ -14,6 +14,7 @@ import click
 import numpy as np
 
 from edgeinfer.budget import format_size
+from edgeinfer.cli.plan_onnx import say
 from edgeinfer.cli.progress import ProgressLine
 from edgeinfer.errors import InputError
 from edgeinfer.exporters.output import Target
@@ -41,6 +42,7 @@ class OnnxRequest:
     options: InputOptions = InputOptions()
     memory: str | None = None
     threads: int | None = None
+    provider: str | None = None
     as_json: bool = False
 
 
@@ -51,7 +53,8 @@ def run_onnx(request: OnnxRequest) -> None:
     _check_output(request.output)
     target = Target(request.output, request.force) if request.output else contextlib.nullcontext()
     with ProgressLine("Preparing the model") as progress:
-        model = open_onnx(request.model, memory=request.memory, threads=request.threads, progress=progress)
+        options = {"memory": request.memory, "threads": request.threads, "provider": request.provider}
+        model = open_onnx(request.model, progress=progress, say=say, **options)
     with model:
         path = Path(request.model)
         form = read_form(request.form) if request.form else find_form(model.inputs, model.outputs)
@@ -180,6 +183,9 @@ def _facts(model: Any, result: _Result, kind: str | None, findings: Sequence[Fin
         "seconds": result.seconds,
         "load_seconds": statistics.load_seconds,
         "mode": model.plan.mode,
+        "provider": model.plan.provider,
+        "provider_reason": model.plan.provider_reason,
+        "num_stages": model.plan.num_stages,
         "budget_bytes": statistics.budget_bytes,
         "peak_memory_bytes": statistics.peak_memory_bytes,
         "resident_bytes": statistics.resident_bytes,
@@ -203,10 +209,13 @@ def _text(result: _Result, kind: str | None, findings: Sequence[Finding]) -> str
 
 
 def _closing_line(model: Any, result: _Result) -> str:
-    statistics = model.statistics()
+    """The numbers of a run in one line."""
+    statistics, plan = model.statistics(), model.plan
     parts = [
-        f"{result.seconds:.3g} s",
+        f"{result.seconds:.3g} s on {plan.provider}",
         f"peak memory {format_size(statistics.peak_memory_bytes)} of {format_size(statistics.budget_bytes)}",
-        f"{format_size(statistics.streamed_bytes)} read from disk",
     ]
+    if plan.mode == "streaming":
+        parts.append(f"{plan.num_stages} stages")
+        parts.append(f"{format_size(statistics.streamed_bytes)} read from disk")
     return ", ".join(parts)

@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 
+from edgeinfer.cli.plan_onnx import say
 from edgeinfer.cli.progress import ProgressLine
 from edgeinfer.errors import InputError
 from edgeinfer.exporters.output import Target
@@ -71,6 +72,7 @@ RESULTS = (".wav", ".jsonl", ".npz")
 )
 @click.option("--memory", metavar="SIZE", help="Stay within 2GiB, 1500M, 50% ... Default: what is free now.")
 @click.option("--threads", metavar="N", type=click.IntRange(1, 512), help="Computing threads.")
+@click.option("--provider", metavar="NAME", help="Compute on cpu, cuda or tensorrt.")
 @click.option("--force", is_flag=True, help="Replace OUT.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object with all numbers.")
 def stream(model: str, source: str, output: str | None, as_json: bool, **options: Any) -> None:
@@ -88,7 +90,8 @@ def stream(model: str, source: str, output: str | None, as_json: bool, **options
     stages = _stages(model, options)
     live = options["realtime"] or source == "-"
     with ProgressLine("Preparing the models"):
-        pipeline = open_pipeline(stages, memory=options["memory"], threads=options["threads"])
+        names = ("memory", "threads", "provider")
+        pipeline = open_pipeline(stages, say=say, **{name: options[name] for name in names})
     interrupted = False
     with pipeline, target as part:
         pieces = _source(source, pipeline, options)

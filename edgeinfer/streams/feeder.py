@@ -104,7 +104,8 @@ class Feeder:
             yield pieces
 
     def _take(self, most: int) -> list[Piece]:
-        """At least one piece, where there is one; [] at the end. Raises the source's error behind its last piece."""
+        """At least one piece, where there is one; [] at the end. Raises the source's error behind its last
+        piece."""
         with self._changed:
             while not self._queue and not self._done:
                 self._changed.wait()

@@ -18,6 +18,9 @@ from edgeinfer.streams.gate import Gate
 from edgeinfer.streams.model_stream import ModelStream, Step
 
 
+SMALL_MODEL_BYTES = 8 << 20
+
+
 @dataclass(frozen=True)
 class StageStep:
     """A step of the stage `name`; `findings`: what it means (boxes, classes), where the model's form says
@@ -202,9 +205,12 @@ def open_pipeline(
     rate: int | None = None,
     memory: int | str | None = None,
     threads: int | None = None,
-    labels: str | None = None,
+    provider: str | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> Pipeline:
-    """Open the models of `stages`, in order. Raises ModelFileError, BudgetError, InputError."""
+    """Open the models of `stages`, in order. See edgeinfer.engines.onnx.open_onnx for the options; models
+    that are small compute on one thread unless `threads` says otherwise. Raises ModelFileError, BudgetError,
+    InputError."""
     from edgeinfer.engines.onnx import open_onnx
 
     try:
@@ -214,10 +220,20 @@ def open_pipeline(
     with contextlib.ExitStack() as opened:
         made = []
         for stage in stages:
-            model = opened.enter_context(open_onnx(stage.model, memory=memory, threads=threads))
+            options = {"memory": memory, "threads": threads or _threads(stage.model), "provider": provider}
+            model = opened.enter_context(open_onnx(stage.model, say=say, **options))
             form = read_form(stage.form) if stage.form else find_form(model.inputs, model.outputs)
-            reader = Reader(model, form, Path(stage.model), labels)
+            reader = Reader(model, form, Path(stage.model))
             made.append((stage, ModelStream(model, form, stage.state, rate), reader))
         pipeline = Pipeline(made)
         opened.pop_all()
         return pipeline
+
+
+def _threads(path: Path) -> int | None:
+    """Steps of a small model take less time than it takes to share them out; another thread senses
+    meanwhile."""
+    try:
+        return 1 if path.stat().st_size < SMALL_MODEL_BYTES else None
+    except OSError:
+        return None
