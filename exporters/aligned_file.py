@@ -1,7 +1,7 @@
 """Positioned reads and writes past the page cache where the file system allows it, else through it.
 
-A model is read and written once: in the page cache it would only push out what others need, and writing through it
-is slower than the disk.
+A model is read and written once: in the page cache it would only push out what others need, and writing
+through it is slower than the disk.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class SourceFile:
 
 
 def _fill(handle: int, view: memoryview, offset: int, needed: int) -> bool:
-    """Read into `view`, `needed` bytes at least (at the file's end fewer than it has room for); whether they came."""
+    """Read `needed` bytes at least into `view`, which may have room for more; whether they came."""
     done = 0
     while done < needed:
         count = os.preadv(handle, [view[done:]], offset + done)

@@ -15,8 +15,8 @@ INDEX = "model.safetensors.index.json"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _MAX_JSON = 256 << 20
 _WHY_NOT = (
-    "is a pickle: loading one can run any program that its maker put in, so edgeinfer does not. Save the model as "
-    "safetensors: `save_pretrained(folder)` of transformers does."
+    "is a pickle: loading one can run any program that its maker put in, so edgeinfer does not. Save the "
+    "model as safetensors: `save_pretrained(folder)` of transformers does."
 )
 
 
@@ -32,7 +32,7 @@ class Checkpoint:
 def read_checkpoint(folder: str | Path) -> Checkpoint:
     """Read the config and the headers of all shards.
 
-    Raises ExportError for what is no checkpoint folder or holds pickles only, ModelFileError for damaged files.
+    Raises ExportError for what is no checkpoint folder or holds pickles, ModelFileError for damaged files.
     """
     folder = Path(folder)
     if folder.suffix in _PICKLES and folder.is_file():
@@ -51,7 +51,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise ExportError(
-            f"{folder}: there is no config.json. Expected a checkpoint folder as transformers' save_pretrained makes it."
+            f"{folder}: there is no config.json. Expected a checkpoint folder as transformers' "
+            "save_pretrained makes it."
         )
     return _read_json(path)
 
@@ -89,7 +90,9 @@ def _read_shards(folder: Path) -> dict[str, TensorRecord]:
     shards = {}
     for name in sorted(set(place.values())):
         if not (folder / name).is_file():
-            raise ModelFileError(f"{folder / INDEX}: names the shard {name}, which is missing. Download it too.")
+            raise ModelFileError(
+                f"{folder / INDEX}: names the shard {name}, which is missing. Download it too."
+            )
         shards[name] = read_records(folder / name)
     absent = [name for name, shard in place.items() if name not in shards[shard]]
     if absent:
@@ -110,8 +113,8 @@ def _joined(
                 continue  # the index names another shard for it
             if name in tensors:
                 raise ModelFileError(
-                    f"{folder}: tensor {name!r} is in {tensors[name].path.name} and in {shard}, and {INDEX} does "
-                    "not say which counts. Download the folder again."
+                    f"{folder}: tensor {name!r} is in {tensors[name].path.name} and in {shard}, and {INDEX} "
+                    "does not say which counts. Download the folder again."
                 )
             tensors[name] = record
     return tensors
@@ -125,7 +128,8 @@ def _weight_map(path: Path) -> dict[str, str]:
     for tensor, shard in place.items():
         if not isinstance(shard, str) or Path(shard).name != shard or shard in ("", ".", ".."):
             raise ModelFileError(
-                f"{path}: places tensor {tensor!r} in {str(shard)[:80]!r}, expected the name of a file in this folder."
+                f"{path}: places tensor {tensor!r} in {str(shard)[:80]!r}, expected the name of a file in "
+                "this folder."
             )
         if not shard.endswith(".safetensors"):
             raise ModelFileError(f"{path}: names the shard {shard!r}, expected *.safetensors.")

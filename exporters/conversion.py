@@ -20,7 +20,9 @@ class OutOfRange(ExportError):
     """A number is too large for float16."""
 
 
-def convert(source: np.ndarray, source_type: str, target: np.ndarray, target_type: str, add: float = 0.0) -> None:
+def convert(
+    source: np.ndarray, source_type: str, target: np.ndarray, target_type: str, add: float = 0.0
+) -> None:
     """Fill `target` with `source` (both flat, as STORAGE holds their types), each element plus `add`.
 
     Rounds to nearest, ties to even. Raises OutOfRange where a finite number would become infinite in F16.

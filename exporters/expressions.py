@@ -1,4 +1,4 @@
-"""Sums of products and quotients of a config's numbers, as the mapping files write them: "2*heads*head_dim"."""
+"""Sums of products and quotients of a config's numbers, as mapping files have them: "2*heads*head_dim"."""
 
 from __future__ import annotations
 

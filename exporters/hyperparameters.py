@@ -23,8 +23,8 @@ def complete_config(mapping: ArchitectureMapping, config: Mapping[str, Any]) -> 
         method = config["quantization_config"]
         method = method.get("quant_method") if isinstance(method, dict) else method
         raise ExportError(
-            f"config.json: the checkpoint is quantized already ({str(method)[:40]}). Export the original, and "
-            "choose a type with --quant."
+            f"config.json: the checkpoint is quantized already ({str(method)[:40]}). Export the original, "
+            "and choose a type with --quant."
         )
     values = dict(config)
     if mapping.text_config and isinstance(config.get("text_config"), dict):
@@ -42,7 +42,9 @@ def complete_config(mapping: ArchitectureMapping, config: Mapping[str, Any]) -> 
 
 def _check(rule: Mapping[str, Any], values: Mapping[str, Any]) -> None:
     layers = values.get("num_hidden_layers")
-    if ("layers" in rule and layers != rule["layers"]) or ("other_layers" in rule and layers == rule["other_layers"]):
+    if ("layers" in rule and layers != rule["layers"]) or (
+        "other_layers" in rule and layers == rule["other_layers"]
+    ):
         return
     if "key" in rule:
         found = values.get(rule["key"])
@@ -93,7 +95,8 @@ def sliding_layers(values: Mapping[str, Any], pattern: str | int) -> list[bool]:
     unknown = {str(kind) for kind in types} - {_SLIDING, "full_attention"}
     if unknown:
         raise ExportError(
-            f"config.json: layer_types has {', '.join(sorted(unknown))[:80]}, expected {_SLIDING} and full_attention."
+            f"config.json: layer_types has {', '.join(sorted(unknown))[:80]}, expected {_SLIDING} and "
+            "full_attention."
         )
     return [kind == _SLIDING for kind in types]
 
@@ -105,6 +108,6 @@ def window_notes(mapping: ArchitectureMapping, values: Mapping[str, Any]) -> lis
     if not mapping.full_attention or not slides or type(window) is not int or not 0 < window < context:
         return []
     return [
-        f"the model attends to the last {window:,} tokens, llama.cpp to all of them in this architecture: the results "
-        f"are the original's up to {window:,} tokens"
+        f"the model attends to the last {window:,} tokens, llama.cpp to all of them in this architecture: "
+        f"the results are the original's up to {window:,} tokens"
     ]

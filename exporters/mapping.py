@@ -4,13 +4,14 @@
     classes      what config.json calls "architectures"
     model_types  its "model_type", where "architectures" is missing
     text_config  true where the language model's config may lie one level down
-    defaults     config key -> what transformers takes where it is absent: a value, or "=EXPRESSION" of other keys
-                 (also where it is null)
-    require      what must hold because llama.cpp has nothing else: {"key", "values"} or {"equal": [EXPRESSION,
-                 EXPRESSION]}, with "why", and "layers" or "other_layers" where it depends on the number of layers
-    metadata     GGUF key without the architecture's name -> a count (EXPRESSION), {"float": KEY}, also with "null":
-                 what stands for null (without it the key is left out), or {"sliding_layers": EXPRESSION}: which
-                 layers slide, by layer_types or every one but each EXPRESSIONth
+    defaults     config key -> what transformers takes where it is absent: a value, or "=EXPRESSION" of other
+                 keys (also where it is null)
+    require      what must hold because llama.cpp has nothing else: {"key", "values"} or {"equal":
+                 [EXPRESSION, EXPRESSION]}, with "why", and "layers" or "other_layers" where it holds for that
+                 number of layers, or for others
+    metadata     GGUF key without the architecture's name -> a count (EXPRESSION), {"float": KEY}, also with
+                 "null": what stands for null (without it the key is left out), or {"sliding_layers":
+                 EXPRESSION}: which layers slide, by layer_types or every one but each EXPRESSIONth
     rope         the fields of rope.RopeRules
     full_attention  true where llama.cpp knows no sliding window: a note says what that changes
     renames      beginning of a tensor's name -> what it stands for
@@ -18,8 +19,8 @@
     drop         beginnings of the names of tensors that are left out, which a note says (an image encoder)
     tensors      in the order in which llama.cpp uses them, {layer} and {expert} standing for numbers:
       name            GGUF name
-      from            name in the checkpoint, or a list of alternatives; {expert}: one tensor an expert, stacked;
-                      {"fused": NAME, "half": 0 or 1}: the first or second half of the rows (of each expert)
+      from            name in the checkpoint, or a list of alternatives; {expert}: one tensor an expert, which
+                      are stacked; {"fused": NAME, "half": 0 or 1}: half of the rows (of each expert)
       shape           as PyTorch shows it, EXPRESSIONs; in GGUF too, unless "as" gives another
       permute_heads   EXPRESSION: so many heads, whose two halves are interleaved (llama.cpp's rope for llama)
       add             is added to each element
@@ -124,7 +125,7 @@ def find_mapping(config: Mapping[str, Any]) -> ArchitectureMapping:
 
 @cache
 def read_mapping(name: str) -> ArchitectureMapping:
-    """The mapping file of that name; ValueError for a key that is unknown or an expression that cannot be read."""
+    """The mapping file of that name; ValueError for unknown keys and expressions that cannot be read."""
     return parse_mapping(name, json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8")))
 
 
@@ -187,7 +188,9 @@ def _source(where: str, data: str | Mapping[str, Any]) -> Source:
 
 def _known(where: str, data: Mapping[str, Any], known: set[str]) -> None:
     if unknown := set(data) - known:
-        raise ValueError(f"{where}: unknown keys {', '.join(sorted(unknown))}, expected {', '.join(sorted(known))}")
+        raise ValueError(
+            f"{where}: unknown keys {', '.join(sorted(unknown))}, expected {', '.join(sorted(known))}"
+        )
 
 
 def _readable(*expressions: str | int) -> None:

@@ -1,7 +1,7 @@
-"""Rotary positions: from a config's rope_theta, rope_scaling or rope_parameters to what llama.cpp computes with.
+"""Rotary positions: from a config's rope_theta, rope_scaling or rope_parameters to llama.cpp's.
 
-The formulas are transformers' (modeling_rope_utils.py); the GGUF keys and tensors are those that llama.cpp reads
-(llama_model_base::load_hparams, llama_context, models/llama.cpp, models/phi3.cpp).
+The formulas are transformers' (modeling_rope_utils.py); the GGUF keys and tensors are those that llama.cpp
+reads (llama_model_base::load_hparams, llama_context, models/llama.cpp, models/phi3.cpp).
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ _DEFAULT_BETA = {"beta_fast": 32.0, "beta_slow": 1.0}  # what llama.cpp computes
 class RopeRules:
     """What a mapping file says about an architecture's rope.
 
-    `types`: the scalings that llama.cpp has for it; `theta` and `local_theta`: what transformers takes where the
-    config says nothing (`local_theta` only where sliding layers have a base of their own); `partial`: whether a
-    part of a head may be rotated; `aliases`: other names of types.
+    `types`: the scalings that llama.cpp has for it; `theta` and `local_theta`: what transformers takes where
+    the config says nothing (`local_theta` only where sliding layers have a base of their own); `partial`:
+    whether a part of a head may be rotated; `aliases`: other names of types.
     """
 
     types: tuple[str, ...]
@@ -42,7 +42,7 @@ class RopeRules:
 
 @dataclass
 class Rope:
-    """GGUF keys (without the architecture's prefix), tensors (float32, half the rotated dimensions) and notes."""
+    """GGUF keys (without the architecture's prefix), tensors (float32, half a head), and notes."""
 
     metadata: dict[str, Any] = field(default_factory=dict)
     tensors: dict[str, np.ndarray] = field(default_factory=dict)
@@ -77,12 +77,14 @@ def read_rope(config: Mapping[str, Any], rules: RopeRules) -> Rope:
 
 
 def _parameters(config: Mapping[str, Any], rules: RopeRules) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The parameters of full and of sliding layers, in the form that transformers 5 writes, from old forms too."""
+    """The parameters of full and of sliding layers as transformers 5 writes them, from old forms too."""
     scaling = config.get("rope_parameters") or {}
     old = config.get("rope_scaling") or {}
     for found in (scaling, old):
         if not isinstance(found, dict):
-            raise ExportError(f"config.json: the rope parameters are {str(found)[:60]!r}, expected an object.")
+            raise ExportError(
+                f"config.json: the rope parameters are {str(found)[:60]!r}, expected an object."
+            )
     nested = "full_attention" in scaling or "sliding_attention" in scaling
     main = {**((scaling.get("full_attention") or {}) if nested else scaling), **old}
     local = dict((scaling.get("sliding_attention") or {}) if nested else {})
@@ -104,11 +106,13 @@ def _dimension(config: Mapping[str, Any], main: Mapping[str, Any], rules: RopeRu
     dimension = int(head * _number(main, "partial_rotary_factor", 1.0))
     if dimension != head and not rules.partial:
         raise ExportError(
-            f"config.json: {dimension} of a head's {head} dimensions are rotated (partial_rotary_factor); llama.cpp "
-            "rotates whole heads in this architecture."
+            f"config.json: {dimension} of a head's {head} dimensions are rotated (partial_rotary_factor); "
+            "llama.cpp rotates whole heads in this architecture."
         )
     if dimension <= 0 or dimension % 2 or dimension > head:
-        raise ExportError(f"config.json: {dimension} rotated dimensions, expected an even number up to {head}.")
+        raise ExportError(
+            f"config.json: {dimension} rotated dimensions, expected an even number up to {head}."
+        )
     return dimension
 
 
@@ -116,7 +120,9 @@ def _number(parameters: Mapping[str, Any], key: str, default: float | None = Non
     value = parameters.get(key)
     value = default if value is None else value
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-        raise ExportError(f"config.json: the rope parameter {key!r} must be a number above 0, found {value!r}.")
+        raise ExportError(
+            f"config.json: the rope parameter {key!r} must be a number above 0, found {value!r}."
+        )
     return float(value)
 
 
@@ -146,11 +152,11 @@ def _linear(rope: Rope, main: Mapping[str, Any], config: Mapping[str, Any], dime
 
 
 def _dynamic(rope: Rope, main: Mapping[str, Any], config: Mapping[str, Any], dimension: int) -> None:
-    """Up to max_position_embeddings nothing is scaled; the base for longer texts changes with their length."""
+    """Up to max_position_embeddings nothing is scaled; beyond it the base changes with the length."""
     length = int(_number(config, "max_position_embeddings"))
     rope.notes.append(
-        f"dynamic rope scaling begins at {length:,} tokens and is not in llama.cpp: up to there the results are the "
-        "original's, beyond it they are not scaled"
+        f"dynamic rope scaling begins at {length:,} tokens and is not in llama.cpp: up to there the results "
+        "are the original's, beyond it they are not scaled"
     )
 
 
@@ -158,8 +164,8 @@ def _yarn(rope: Rope, main: Mapping[str, Any], config: Mapping[str, Any], dimens
     for key, expected in _DEFAULT_BETA.items():
         if _number(main, key, expected) != expected:
             raise ExportError(
-                f"config.json: yarn scaling with {key} {main[key]}; llama.cpp computes with {expected:g} in this "
-                "architecture."
+                f"config.json: yarn scaling with {key} {main[key]}; llama.cpp computes with {expected:g} in "
+                "this architecture."
             )
     if main.get("truncate") is False:
         raise ExportError("config.json: yarn scaling with truncate false; llama.cpp always truncates.")
@@ -214,7 +220,8 @@ def _longrope(rope: Rope, main: Mapping[str, Any], config: Mapping[str, Any], di
         if not numbers or len(factors) != dimension // 2:
             found = f"{len(factors)} values" if isinstance(factors, list) else repr(factors)
             raise ExportError(
-                f"config.json: {length}_factor of longrope must be {dimension // 2} numbers above 0, found {found}."
+                f"config.json: {length}_factor of longrope must be {dimension // 2} numbers above 0, found "
+                f"{found}."
             )
         rope.tensors[f"rope_factors_{length}.weight"] = np.array(factors, dtype=np.float32)
 

@@ -1,7 +1,7 @@
-"""The header of a safetensors file, checked so that nothing it says is believed before it is known to be true.
+"""The header of a safetensors file; nothing it says is believed before it is known to be true.
 
-Format: https://huggingface.co/docs/safetensors: 8 bytes with the header's length (little endian), the header (JSON:
-name -> dtype, shape, data_offsets), then the data, which the tensors cover without a hole or an overlap.
+Format (https://huggingface.co/docs/safetensors): 8 bytes with the header's length (little endian), the header
+(JSON: name -> dtype, shape, data_offsets), then the data; the tensors cover it without a hole or an overlap.
 """
 
 from __future__ import annotations
@@ -86,12 +86,13 @@ def _read_header(path: Path, size: int) -> tuple[dict[str, Any], int]:
         length = int.from_bytes(file.read(8), "little")
         if length > _MAX_HEADER:
             raise ModelFileError(
-                f"{path}: the safetensors header says that it has {length:,} bytes, at most {_MAX_HEADER:,} are "
-                "allowed. This is not a safetensors file, or it is damaged: get it again."
+                f"{path}: the safetensors header says that it has {length:,} bytes, at most {_MAX_HEADER:,} "
+                "are allowed. This is not a safetensors file, or it is damaged: get it again."
             )
         if length > size - 8:
             raise ModelFileError(
-                f"{path}: the safetensors header says that it has {length:,} bytes, but {size - 8:,} follow. {_AGAIN}"
+                f"{path}: the safetensors header says that it has {length:,} bytes, but {size - 8:,} follow. "
+                f"{_AGAIN}"
             )
         text = file.read(length)
     try:
@@ -114,11 +115,15 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _record(path: Path, name: str, entry: Any, start: int) -> TensorRecord:
     where = f"{path}: tensor {name!r}"
-    if not isinstance(entry, dict) or set(entry) != _ENTRY_KEYS:
-        raise ModelFileError(f"{where}: expected dtype, shape and data_offsets, found {str(entry)[:80]}. {_AGAIN}")
+    if not isinstance(entry, dict) or not entry.keys() >= _ENTRY_KEYS:
+        raise ModelFileError(
+            f"{where}: expected dtype, shape and data_offsets, found {str(entry)[:80]}. {_AGAIN}"
+        )
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
-        raise ModelFileError(f"{where}: the dtype {str(dtype)[:40]!r} is unknown. Expected {', '.join(ITEM_BYTES)}.")
+        raise ModelFileError(
+            f"{where}: the dtype {str(dtype)[:40]!r} is unknown. Expected {', '.join(ITEM_BYTES)}."
+        )
     if not isinstance(shape, list) or not all(_is_count(length) for length in shape):
         raise ModelFileError(f"{where}: the shape {str(shape)[:80]} is not a list of counts. {_AGAIN}")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_count(place) for place in offsets):
@@ -127,8 +132,8 @@ def _record(path: Path, name: str, entry: Any, start: int) -> TensorRecord:
     expected = prod(shape) * ITEM_BYTES[dtype]
     if end - begin != expected:
         raise ModelFileError(
-            f"{where}: {dtype} of shape {shape} takes {expected:,} bytes, but its data_offsets {offsets} span "
-            f"{end - begin:,}. {_AGAIN}"
+            f"{where}: {dtype} of shape {shape} takes {expected:,} bytes, but its data_offsets {offsets} "
+            f"span {end - begin:,}. {_AGAIN}"
         )
     return TensorRecord(name, dtype, tuple(shape), path, start + begin, expected)
 
@@ -140,7 +145,9 @@ def _is_count(value: Any) -> bool:
 def _check_metadata(path: Path, metadata: Any) -> None:
     texts = isinstance(metadata, Mapping) and all(isinstance(value, str) for value in metadata.values())
     if not texts:
-        raise ModelFileError(f"{path}: '__metadata__' of the safetensors header is not a map of texts. {_AGAIN}")
+        raise ModelFileError(
+            f"{path}: '__metadata__' of the safetensors header is not a map of texts. {_AGAIN}"
+        )
 
 
 def _check_cover(path: Path, records: list[TensorRecord], start: int, size: int) -> None:

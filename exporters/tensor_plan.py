@@ -31,10 +31,11 @@ class Piece:
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """One GGUF tensor: `shape` as PyTorch shows it (slowest first), made of `pieces` in a row, or of `values`.
+    """One GGUF tensor: `shape` as PyTorch shows it (slowest first), made of `pieces` in a row, or of
+    `values`.
 
-    `permute_heads`: the rows are so many heads, the two halves of each are interleaved. `add` is added to each
-    element. `keep_float`: stays float32 whatever the model's type.
+    `permute_heads`: the rows are so many heads, the two halves of each are interleaved. `add` is added to
+    each element. `keep_float`: stays float32 whatever the model's type.
     """
 
     name: str
@@ -52,7 +53,7 @@ class PlannedTensor:
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """All tensors in the order of their use; `dropped`: how many of the checkpoint's are left out on purpose."""
+    """All tensors in the order of their use; `dropped`: how many of the checkpoint's are left out."""
 
     tensors: tuple[PlannedTensor, ...]
     dropped: int
@@ -70,9 +71,13 @@ def plan_tensors(
     """
     records = _renamed(mapping, checkpoint.tensors)
     matcher = _Matcher(records, values)
-    tensors = [tensor for rule, layer in _each_rule(mapping, matcher) for tensor in matcher.match(rule, layer)]
+    tensors = [
+        tensor for rule, layer in _each_rule(mapping, matcher) for tensor in matcher.match(rule, layer)
+    ]
     matcher.check(mapping)
-    tensors[1:1] = [PlannedTensor(name, array.shape, keep_float=True, values=array) for name, array in made.items()]
+    tensors[1:1] = [
+        PlannedTensor(name, array.shape, keep_float=True, values=array) for name, array in made.items()
+    ]
     return TensorPlan(tuple(tensors), len(checkpoint.tensors) - len(records))
 
 
@@ -87,7 +92,9 @@ def _renamed(mapping: ArchitectureMapping, records: Mapping[str, TensorRecord]) 
                 name = stands_for + name.removeprefix(begin)
                 break
         if name in renamed:
-            raise ExportError(f"{record.path}: tensors {renamed[name].name!r} and {record.name!r} mean the same.")
+            raise ExportError(
+                f"{record.path}: tensors {renamed[name].name!r} and {record.name!r} mean the same."
+            )
         renamed[name] = record
     return renamed
 
@@ -125,7 +132,8 @@ class _Matcher:
         number = count(expression, self._values)
         if number > len(self._records):
             raise ExportError(
-                f"config.json: {expression} is {number:,}, but the checkpoint has only {len(self._records):,} tensors."
+                f"config.json: {expression} is {number:,}, but the checkpoint has only "
+                f"{len(self._records):,} tensors."
             )
         return number
 
@@ -192,13 +200,13 @@ class _Matcher:
         where = f"{record.path}: tensor {record.name!r}"
         if record.shape != shape:
             raise ExportError(
-                f"{where}: expected shape {list(shape)} by config.json, found {list(record.shape)}. The weights and "
-                "the config do not belong together."
+                f"{where}: expected shape {list(shape)} by config.json, found {list(record.shape)}. The "
+                "weights and the config do not belong together."
             )
         if record.dtype not in FLOATS:
             raise ExportError(
-                f"{where}: expected one of {', '.join(FLOATS)}, found {record.dtype}. Export the original checkpoint, "
-                "not a quantized one."
+                f"{where}: expected one of {', '.join(FLOATS)}, found {record.dtype}. Export the original "
+                "checkpoint, not a quantized one."
             )
         yield Piece(record, 0, record.num_elements)
 

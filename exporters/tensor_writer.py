@@ -1,13 +1,15 @@
 """Writes planned tensors into a GGUF file: piece by piece, several at a time, in a few megabytes of memory.
 
-Each step reads some rows of the checkpoint, converts them and writes them to their place, which is known beforehand;
-so steps need no order, and reading, converting and writing overlap.
+Each step reads some rows of the checkpoint, converts them and writes them to their place, which is known
+beforehand; so steps need no order, and reading, converting and writing overlap.
 """
 
 from __future__ import annotations
 
+import errno
 import math
 import os
+import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
@@ -62,14 +64,17 @@ def write_tensors(
     memory: int,
     progress: Callable[[float], None] | None = None,
 ) -> None:
-    """Write all tensors into the existing file `path`, which ends with a whole page.
+    """Write all tensors into the existing file `path`.
 
-    `memory`: what this process may hold, in bytes. Raises BudgetError where that is too little, OutOfRange for
-    numbers that F16 cannot hold, ModelFileError where a checkpoint's file cannot be read, OSError for the target.
+    `memory`: what this process may hold, in bytes. Raises BudgetError where that is too little, OutOfRange
+    for numbers that F16 cannot hold, ModelFileError where a checkpoint's file cannot be read, OSError for the
+    target.
     """
     threads, step_bytes = _fitting(placed, memory)
     end = max(item.offset + -(-item.num_bytes // PAGE) * PAGE for item in placed)
     total = sum(item.num_bytes for item in placed)
+    if shutil.disk_usage(path.parent).free < end - path.stat().st_size:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
     with ExitStack() as stack:
         target = TargetFile(path, end)
         stack.callback(target.close)
@@ -78,11 +83,11 @@ def write_tensors(
             sources[source] = SourceFile(source)
             stack.callback(sources[source].close)
         work = _Work(target, sources, _largest_step(placed, step_bytes))
-        steps = (step for item in placed for step in _steps(item, step_bytes))
-        done = 0
         for item in placed:
             if item.tensor.values is not None:
                 work.write_values(item)
+        steps = (step for item in placed for step in _steps(item, step_bytes))
+        done = 0
         for count in _each_done(threads, work.do, steps):
             done += count
             if progress:
@@ -100,8 +105,8 @@ def _fitting(placed: Sequence[Placed], memory: int) -> tuple[int, int]:
             if needed <= memory:
                 return threads, step_bytes
     raise BudgetError(
-        f"Exporting this checkpoint takes {format_size(needed)} of memory, --memory allows {format_size(memory)}. "
-        f"Give {format_size(needed + (1 << 20))} or more.",
+        f"Exporting this checkpoint takes {format_size(needed)} of memory, --memory allows "
+        f"{format_size(memory)}. Give {format_size(needed + (1 << 20))} or more.",
         smallest_bytes=needed,
     )
 
@@ -142,7 +147,9 @@ def _steps(placed: Placed, step_bytes: int) -> Iterator[_Step]:
     size = _step_elements(placed, step_bytes)
     pieces = placed.tensor.pieces
     # pages can be written whole where each step begins on one; the last step may fill its page with zeros
-    steps_aligned = len(pieces) == 1 or all(piece.num_elements * item_bytes % PAGE == 0 for piece in pieces[:-1])
+    steps_aligned = len(pieces) == 1 or all(
+        piece.num_elements * item_bytes % PAGE == 0 for piece in pieces[:-1]
+    )
     aligned = placed.offset % PAGE == 0 and size * item_bytes % PAGE == 0 and steps_aligned
     offset = placed.offset
     for number, piece in enumerate(pieces):
@@ -218,9 +225,12 @@ class _Work:
                 convert(source, dtype, target, kind, tensor.add)
         except OutOfRange as error:
             raise OutOfRange(
-                f"{step.record.path}: tensor {step.record.name!r} {error}. Export to BF16 or F32 with --quant."
+                f"{step.record.path}: tensor {step.record.name!r} {error}. Export to BF16 or F32 with "
+                "--quant."
             ) from None
 
     def write_values(self, placed: Placed) -> None:
         """A small tensor that is in memory."""
-        self._target.write(placed.offset, memoryview(placed.tensor.values.astype("<f4").tobytes()), direct=False)
+        self._target.write(
+            placed.offset, memoryview(placed.tensor.values.astype("<f4").tobytes()), direct=False
+        )

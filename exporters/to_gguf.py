@@ -1,4 +1,4 @@
-"""From a checkpoint folder to a GGUF file: F32, F16 or BF16, every tensor on a page of its own, in order of use."""
+"""From a checkpoint folder to a GGUF file: F32, F16 or BF16, each tensor on its own pages, in order of use."""
 
 from __future__ import annotations
 
@@ -51,11 +51,12 @@ def export_gguf(
     memory: int = DEFAULT_MEMORY,
     progress: Callable[[float], None] | None = None,
 ) -> GGUFReport:
-    """Write the checkpoint folder `source` as GGUF to `target` (use output.Target: it may be left half-written).
+    """Write the checkpoint folder `source` as GGUF to `target` (use output.Target: it may be left
+    half-written).
 
     `type`: one of FLOAT_TYPES, None for the checkpoint's own; vectors and gates of experts are F32 always.
     `name`: general.name, the folder's name where it is None. `memory`: bytes that this process may hold.
-    Raises ExportError (unknown architecture, tensors that do not fit), ModelFileError (damaged files), BudgetError.
+    Raises ExportError (unknown architecture, tensors that do not fit), ModelFileError, BudgetError.
     """
     from edgeinfer.exporters.vocabulary import read_vocabulary
 
@@ -103,8 +104,8 @@ def _check_rows(checkpoint: Checkpoint, plan: TensorPlan, tokens: int) -> None:
     rows = next(tensor.shape[0] for tensor in plan.tensors if tensor.name == EMBEDDING)
     if tokens != rows:
         raise ExportError(
-            f"{checkpoint.folder}: the tokenizer has {tokens:,} tokens, the embedding {rows:,} rows. The tokenizer's "
-            "files do not belong to these weights."
+            f"{checkpoint.folder}: the tokenizer has {tokens:,} tokens, the embedding {rows:,} rows. The "
+            "tokenizer's files do not belong to these weights."
         )
 
 
@@ -175,6 +176,8 @@ def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
 
 def _notes(mapping: ArchitectureMapping, values: Mapping[str, Any], plan: TensorPlan) -> list[str]:
     notes = window_notes(mapping, values)
-    if plan.dropped:
+    if plan.dropped == 1:
+        notes.append("1 tensor that does not belong to the language model is left out")
+    elif plan.dropped:
         notes.append(f"{plan.dropped:,} tensors that do not belong to the language model are left out")
     return notes

@@ -93,7 +93,7 @@ def test_half_precision_logits_differ_by_its_rounding(tmp_path, architecture, ty
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("architecture", MODELS)
 def test_half_precision_checkpoints_in_shards(tmp_path, architecture, dtype):
-    """In float32 they give what PyTorch computes in float32; in their own type, the same weights bit for bit."""
+    """In float32 they give what PyTorch computes in float32; in their own type, the same weights exactly."""
     _check_float32(tmp_path, architecture, dtype=dtype, shard_size="100KB")
     assert len(list((tmp_path / "tiny").glob("*.safetensors"))) > 1
     report = export_gguf(tmp_path / "tiny", tmp_path / "own.gguf")
@@ -158,8 +158,14 @@ def test_variants_of_gemma3(tmp_path, config):
 @pytest.mark.parametrize(
     "architecture, rope",
     [
-        *((architecture, LINEAR) for architecture in ("llama", "mixtral", "qwen2", "qwen3moe", "olmoe", "gemma2")),
-        *((architecture, YARN) for architecture in ("llama", "mistral", "qwen2", "qwen3", "qwen2moe", "olmoe")),
+        *(
+            (architecture, LINEAR)
+            for architecture in ("llama", "mixtral", "qwen2", "qwen3moe", "olmoe", "gemma2")
+        ),
+        *(
+            (architecture, YARN)
+            for architecture in ("llama", "mistral", "qwen2", "qwen3", "qwen2moe", "olmoe")
+        ),
         ("qwen3", {**YARN, "attention_factor": 1.7}),
         ("llama", {**YARN, "mscale": 0.7, "mscale_all_dim": 0.4}),
         ("llama", LLAMA3),

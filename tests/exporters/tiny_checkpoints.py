@@ -1,4 +1,4 @@
-"""Tiny random checkpoints of every architecture, saved by transformers, and the logits that PyTorch and llama.cpp give.
+"""Tiny random checkpoints of every architecture, and the logits that PyTorch and llama.cpp give.
 
 What a missing transform would hide behind (norms of one, biases of zero, equal heads) is made random.
 """
@@ -64,7 +64,7 @@ GELU = ("gemma2", "gemma3")
 
 @dataclass(frozen=True)
 class Tiny:
-    """A saved checkpoint and the logits that transformers computes for `tokens` with it: [positions, vocabulary].
+    """A saved checkpoint and the logits of transformers for `tokens`: [positions, vocabulary].
 
     `rounded`: the same, but gelu rounded to float16 as llama.cpp does.
     """
@@ -85,7 +85,7 @@ def tiny_checkpoint(
     original_format: bool = True,
     **config: Any,
 ) -> Tiny:
-    """Save a random model of `architecture`; the logits are those of the saved weights, computed in float32."""
+    """Save a random model of `architecture`; the logits are the saved weights', in float32."""
     import torch
     import transformers
 
@@ -113,7 +113,7 @@ def tiny_checkpoint(
 
 
 def _half_gelu(x: Any) -> Any:
-    """gelu as llama.cpp looks it up: between -10 and 10 in a table of float16 for float16 (ggml_vec_geglu_f32)."""
+    """gelu as llama.cpp looks it up from -10 to 10, in a table of float16 (ggml_vec_geglu_f32)."""
     import torch
 
     y = torch.nn.functional.gelu(x.half().float(), approximate="tanh").half().float()
@@ -121,7 +121,7 @@ def _half_gelu(x: Any) -> Any:
 
 
 def _randomize(model: Any) -> None:
-    """Weights larger than transformers begins with, so that each layer changes the result; norms about one."""
+    """Weights larger than transformers', so that each layer changes the result; norms about one."""
     import torch
 
     for name, parameter in model.named_parameters():
@@ -145,7 +145,7 @@ def _quiet():
 
 
 def plain_vocabulary(folder: Path, config: dict[str, Any]) -> Vocabulary:
-    """Stands in for vocabulary.read_vocabulary where a test is about weights: no tokenizer files are needed."""
+    """Stands in for vocabulary.read_vocabulary where a test is about weights: needs no files."""
     made = make_vocabulary(VOCABULARY)
     metadata = {
         "tokenizer.ggml.model": "llama",
@@ -192,3 +192,25 @@ def llama_logits(path: Path, tokens: list[int], context: int = CONTEXT) -> np.nd
 def relative_differences(found: np.ndarray, expected: np.ndarray) -> np.ndarray:
     """The largest difference at each position, relative to the largest logit of all."""
     return np.abs(found - expected).max(axis=1) / np.abs(expected).max()
+
+
+def add_tokenizer(folder: Path) -> None:
+    """A byte-level tokenizer like GPT-2's, with VOCABULARY tokens, beginning and end among them."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    text = (Path(__file__).parents[2] / "exporters" / "texts" / "page.txt").read_text(encoding="utf-8")
+    tokenizer.train_from_iterator(text.splitlines(), trainer)
+    assert tokenizer.get_vocab_size() == VOCABULARY
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(
+        folder
+    )
