@@ -191,6 +191,7 @@ void hook_begin_pass(hook *h)
     h->too_many_experts = false;
     h->pass_starts = true;
     routing_log_begin_pass(&h->log);
+    predictor_begin_pass(&h->predictor);
     h->nodes = 0;
     h->recordings += h->recording;
 }
@@ -262,14 +263,9 @@ int hook_bind(hook *h, pager *p, const hook_weight *weights, size_t num_weights)
 void hook_clear(hook *h)
 {
     routing_log_clear(&h->log);
-    free(h->gates);
-    free(h->gate_values);
-    free(h->guesses);
+    predictor_clear(&h->predictor);
     free(h->chosen);
     free(h->slots);
-    h->gates = NULL;
-    h->gate_values = NULL;
-    h->guesses = NULL;
     h->chosen = h->slots = NULL;
     free(h->ranges);
     free(h->weights);

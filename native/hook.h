@@ -13,7 +13,7 @@
 #include "experts.h"
 #include "ggml_view.h"
 #include "pager.h"
-#include "predict_gate.h"
+#include "predict.h"
 #include "routing_log.h"
 
 /* A weight tensor of the model and its block. */
@@ -80,10 +80,7 @@ typedef struct {
     } patched[EXPERT_MATRICES];
     size_t num_patched;
     bool too_many_experts;   /* the last pass wanted more experts of one layer than there are slots */
-    expert_gate *gates;      /* of each layer of experts, or NULL: no prediction; weights NULL: not of this layer */
-    uint32_t num_gates, num_guesses;
-    float *gate_values;
-    uint32_t *guesses;
+    expert_predictor predictor;
     routing_log log;
 
     /* A node that must not be computed: its operation is taken away until the next pass. */
@@ -101,9 +98,6 @@ int hook_bind(hook *h, pager *p, const hook_weight *weights, size_t num_weights)
 void hook_point_to_pools(hook *h);
 int hook_set_ranges(hook *h, const hook_range *ranges, size_t num_ranges);
 void hook_clear(hook *h);
-
-/* Predictions: the gates of the layers of experts in order, and how many experts to predict. Copies. 0 or an errno. */
-int hook_set_gates(hook *h, const expert_gate *gates, uint32_t num_gates, uint32_t num_guesses);
 
 /* Around each llama_decode. */
 void hook_begin_pass(hook *h);

@@ -25,19 +25,21 @@ static bool copy_ids(hook *h, const ggml_view *ids)
     return true;
 }
 
-/* While this layer computes, the next one's likely experts are read: its gate is asked with this layer's input. */
+/* While this layer computes, the next one's likely experts are read. */
 static void predict_next(hook *h, const ggml_view *node, uint32_t layer)
 {
-    const ggml_view *input = node->src[1];
-    uint32_t next = layer + 1;
-    if (h->gates == NULL || next >= h->num_gates || h->gates[next].weights == NULL || node->src[2]->ne[1] != 1 ||
-        input->ne[0] != h->gates[next].width || input->ne[1] * input->ne[2] != 1)
+    const ggml_view *input = node->src[1], *ids = node->src[2];
+    if (ids->ne[1] != 1)
         return;
-    const expert_gate *gate = &h->gates[next];
-    uint32_t ranked = h->log.on && 2 * h->num_guesses <= gate->num_experts ? 2 * h->num_guesses : h->num_guesses;
-    predict_by_gate(gate, input->data, h->gate_values, h->guesses, ranked);
-    routing_log_add(&h->log, ROUTING_PREDICTION, next, 1, ranked, (const int32_t *)h->guesses);
-    experts_predict(h->pager, next, h->guesses, h->num_guesses);
+    bool known = input->ne[1] * input->ne[2] == 1; /* all experts were given the same: what the gate was given */
+    uint32_t guesses = h->predictor.num_guesses, ranked = h->log.on ? 2 * guesses : guesses;
+    uint32_t found = predictor_next(&h->predictor, layer, h->chosen, (size_t)ids->ne[0],
+                                    known ? input->data : NULL, input->ne[0], ranked);
+    if (found == 0)
+        return;
+    if (h->predictor.gates[layer + 1].weights != NULL) /* what a trace tells of is the gate */
+        routing_log_add(&h->log, ROUTING_PREDICTION, layer + 1, 1, found, (const int32_t *)h->predictor.guesses);
+    experts_predict(h->pager, layer + 1, h->predictor.guesses, found < guesses ? found : guesses);
 }
 
 /* The slots of the experts that the router chose for this layer, as a tensor in the place of its choice. */
@@ -119,24 +121,4 @@ void hook_point_to_pools(hook *h)
         weight->tensor->nb[2] = kind->stride[weight->matrix];
         weight->tensor->nb[3] = kind->stride[weight->matrix] * kind->num_slots;
     }
-}
-
-int hook_set_gates(hook *h, const expert_gate *gates, uint32_t num_gates, uint32_t num_guesses)
-{
-    uint32_t most = 1;
-    for (uint32_t i = 0; i < num_gates; i++)
-        most = gates[i].num_experts > most ? gates[i].num_experts : most;
-    free(h->gates);
-    free(h->gate_values);
-    free(h->guesses);
-    h->gates = malloc((num_gates ? num_gates : 1) * sizeof *h->gates);
-    h->gate_values = malloc(most * sizeof *h->gate_values);
-    h->guesses = malloc(most * sizeof *h->guesses);
-    h->num_gates = 0;
-    if (h->gates == NULL || h->gate_values == NULL || h->guesses == NULL)
-        return ENOMEM;
-    memcpy(h->gates, gates, num_gates * sizeof *gates);
-    h->num_gates = num_gates;
-    h->num_guesses = num_guesses < most ? num_guesses : most;
-    return 0;
 }

@@ -212,6 +212,15 @@ static PyObject *py_hook_bind(PyObject *object, PyObject *args)
     Py_RETURN_NONE;
 }
 
+static PyObject *py_hook_predict(PyObject *object, PyObject *on)
+{
+    int truth = PyObject_IsTrue(on);
+    if (truth < 0)
+        return NULL;
+    ((hook_object *)object)->hook.predictor.paused = !truth;
+    Py_RETURN_NONE;
+}
+
 static PyObject *py_hook_set_gates(PyObject *object, PyObject *args)
 {
     PyObject *list;
@@ -232,7 +241,7 @@ static PyObject *py_hook_set_gates(PyObject *object, PyObject *args)
             gates[i].bias = (const float *)(uintptr_t)bias;
         }
     }
-    int error = PyErr_Occurred() ? 0 : hook_set_gates(&((hook_object *)object)->hook, gates, (uint32_t)num, num_guesses);
+    int error = PyErr_Occurred() ? 0 : predictor_set(&((hook_object *)object)->hook.predictor, gates, (uint32_t)num, num_guesses);
     PyMem_Free(gates);
     if (error != 0)
         PyErr_NoMemory();
@@ -310,6 +319,7 @@ static PyMethodDef hook_methods[] = {
      "bind(pager, weights): (tensor, home, block or -1, streamed, rows[, layer of experts, matrix]), in order of use."},
     {"set_gates", py_hook_set_gates, METH_VARARGS,
      "set_gates([(weights address or 0, bias address or 0, width, experts)], guesses): predict the next layer's experts."},
+    {"predict", py_hook_predict, METH_O, "False: no experts are read ahead until it is True again, as at first."},
     {"log_routing", py_hook_log_routing, METH_O, "True: record what routers choose; see routing_log.h."},
     {"take_routing", py_hook_take_routing, METH_NOARGS, "The int32 numbers recorded so far, as bytes, between passes."},
     {"unbind", py_hook_unbind, METH_NOARGS, "Forget the pager."},

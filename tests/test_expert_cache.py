@@ -8,8 +8,10 @@ import pytest
 from streaming import make_plan, some_tokens, stock_logits
 from tiny import tiny_model
 
+import edgeinfer.engines.paging
 from edgeinfer import _native
 from edgeinfer.engines.opening import Prepared
+from edgeinfer.engines.pools import gates_of
 from edgeinfer.modelfile import read_model_file
 from edgeinfer.plan import plan_pools
 
@@ -70,14 +72,51 @@ def test_logits_equal_stock_with_experts_missed_and_evicted(models, arch, slots)
     assert counted["prefill_wanted"] > counted["prefill_hits"]
 
 
+def without_gates(file, pools, resident):
+    """As if no router could be asked ahead: layers are predicted by the paths of routing."""
+    gates, count = gates_of(file, pools, resident)
+    return [(0, 0, 0, experts) for *_, experts in gates], count
+
+
 @pytest.mark.parametrize("policy", _native.Policy.names())
-@pytest.mark.parametrize("predict", [False, True])
-def test_every_policy_and_prediction_gives_the_same_logits(models, policy, predict):
+@pytest.mark.parametrize("predictor", [None, "gate", "paths"])
+def test_every_policy_and_predictor_gives_the_same_logits(models, monkeypatch, policy, predictor):
     path = tiny_model(models, "olmoe", "Q4_K", layers=4)
     expected = stock_logits(path, BATCHES)
-    with expert_engine(path, 9, policy=policy, predict=predict) as engine:
+    if predictor == "paths":
+        monkeypatch.setattr(edgeinfer.engines.paging, "gates_of", without_gates)
+    with expert_engine(path, 9, policy=policy, predict=predictor is not None) as engine:
         assert np.array_equal(cached_logits(engine, BATCHES), expected)
-        assert (engine.expert_statistics()["predicted"] > 0) == predict
+        assert (engine.expert_statistics()["predicted"] > 0) == (predictor is not None)
+
+
+def test_paths_of_routing_are_learned(models, monkeypatch):
+    """A text that repeats itself takes the same paths again."""
+    monkeypatch.setattr(edgeinfer.engines.paging, "gates_of", without_gates)
+    path = tiny_model(models, "olmoe", "Q4_K", layers=4)
+    with expert_engine(path, 9) as engine:
+        engine.decode([7])  # gates are given behind the first pass
+        for _ in range(60):
+            engine.decode([7])
+            engine.truncate(1)
+        counted = engine.expert_statistics()
+    assert counted["predicted"] > 0
+    assert counted["predicted_right"] > 0.9 * counted["predicted"]
+
+
+def test_nothing_is_read_ahead_while_that_does_not_pay(models, monkeypatch):
+    class NeverPays:
+        predicting = False
+
+        def record(self, seconds):
+            assert seconds > 0
+
+    monkeypatch.setattr(edgeinfer.engines.paging, "PredictionTrial", NeverPays)
+    path = tiny_model(models, "olmoe", "Q4_K", layers=4)
+    with expert_engine(path, 9) as engine:
+        for token in some_tokens(20):
+            engine.decode([token])
+        assert engine.expert_statistics()["predicted"] == 0
 
 
 @pytest.mark.parametrize("options", [{"direct": False}, {"chunk_bytes": 4096, "reading_threads": 1}])

@@ -133,7 +133,7 @@ class Prepared:
     def start(self, plan: Plan, started: float | None = None, record_routing: bool = False) -> GGUFEngine:
         """Begin reading as `plan` says."""
         self.paged.arm(plan, self.uses)
-        self.paged.hook.log_routing(record_routing)
+        self.paged.log_routing(record_routing)
         return GGUFEngine(
             plan, self.paged.model, self.context, self.paged, self.paged.hook, started or time.perf_counter()
         )

@@ -12,6 +12,7 @@ import ctypes
 import errno
 import logging
 import threading
+import time
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from edgeinfer import _native
 from edgeinfer.engines.llama import LlamaContext, LlamaModel
 from edgeinfer.engines.pools import describe_pools, gates_of, places_in_pools
 from edgeinfer.errors import EngineError, ReadError
+from edgeinfer.experts.trial import PredictionTrial
 from edgeinfer.modelfile import ModelFile, TensorInfo
 from edgeinfer.plan import Plan, WeightUse
 
@@ -82,6 +84,9 @@ class PagedModel:
         self._ring: _native.Arena | None = None
         self._row_blocks: list[tuple[int, int]] = []
         self._gates: tuple[list[tuple[int, int, int, int]], int] | None = None
+        self._trial: PredictionTrial | None = None  # none: nothing is predicted
+        self._token_started: float | None = None  # of a token that is decoded, for the trial
+        self._logging = False
         self.model, self._bases = self._load()
         self.hook.set_ranges(self._ranges(file.tensors))
 
@@ -227,6 +232,11 @@ class PagedModel:
             resident = {name: self._bases[infos[name].part] + infos[name].offset for name in plan.resident}
             self._gates = gates_of(self.file, plan.pools, resident)
 
+    def log_routing(self, on: bool) -> None:
+        """Record what routers choose and what is predicted, of every token; see `hook.take_routing`."""
+        self._logging = on
+        self.hook.log_routing(on)
+
     def _check_files(self) -> None:
         """The pager notices changes of the files that it opened; they must be those that llama.cpp has loaded."""
         for path, then in zip(self.file.paths, self._stats):
@@ -264,6 +274,10 @@ class PagedModel:
         self.hook.begin_pass()
         for block, row_bytes in self._row_blocks:
             self._checked(self.pager.open_rows, block, row_bytes, array("i", tokens))
+        self._token_started = None
+        if self._trial is not None and len(tokens) == 1:
+            self.hook.predict(self._trial.predicting)
+            self._token_started = time.perf_counter()
 
     def end_pass(self) -> None:
         """After llama_decode, however it ended. Raises ReadError when what was computed may be wrong."""
@@ -271,10 +285,13 @@ class PagedModel:
         for block, _ in self._row_blocks:
             self.pager.close_rows(block)
         self._checked(self.pager.end_pass)
-        if self._gates and not self.hook.halted:
-            # The routers are in memory now: the first pass has brought them in.
+        if self.hook.halted:
+            return
+        if self._token_started is not None:
+            self._trial.record(time.perf_counter() - self._token_started)
+        if self._gates:  # the routers are in memory now: the first pass has brought them in
             self.hook.set_gates(*self._gates)
-            self._gates = None
+            self._gates, self._trial = None, None if self._logging else PredictionTrial()
 
     @property
     def too_many_experts(self) -> bool:

@@ -38,10 +38,11 @@ def places_in_pools(pools: ExpertPools) -> dict[str, tuple[int, int]]:
 
 def gates_of(
     file: ModelFile, pools: ExpertPools, resident: Mapping[str, int]
-) -> tuple[list[tuple[int, int, int, int]], int] | None:
+) -> tuple[list[tuple[int, int, int, int]], int]:
     """(address, bias address or 0, width, experts) of each layer's router, and how many experts to predict.
 
-    Address 0 where a router is not a float32 matrix in memory: its layer is not predicted. `resident`: name -> address.
+    Address 0 where a router is not a float32 matrix in memory: its layer is predicted by the paths of routing.
+    `resident`: name -> address.
     """
     infos = {tensor.name: tensor for tensor in file.tensors}
     gates = []
@@ -58,4 +59,4 @@ def gates_of(
                 experts_of(file, names),
             )
         )
-    return (gates, pools.num_used) if any(address for address, *_ in gates) else None
+    return gates, pools.num_used
