@@ -34,7 +34,8 @@ class Settings:
     stock_tokens: int = 4  # the same, by stock llama.cpp, which is slow there
     memory_rounds: int = 3
     memory_tokens: int = 24  # decoded by each where everything fits
-    expert_warmup: int = 24  # decoded before those that count, to fill a cache of experts: new memory is slow
+    # decoded before those that count: new memory is slow, and by then reading ahead was tried with and without
+    expert_warmup: int = 72
     stock_warmup: int = 8  # the same, to fill the page cache
     expert_tokens: int = 24  # decoded by edgeinfer and in memory
     prefill: int = 512
