@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -82,16 +82,19 @@ def scoring_engine(
     threads: int | None = None,
     tap: Tap | None = None,
     in_memory: bool = False,
+    exact: bool = False,
 ) -> Iterator[GGUFEngine]:
     """An engine whose passes can keep all logits, inside `memory` bytes (None: what is free); `tap` sees its nodes.
 
     `in_memory`: the model is mapped as stock llama.cpp does it, whatever the memory. Weights are never repacked, so
-    that the numbers do not depend on the memory. Raises what `open_engine` raises.
+    that the numbers do not depend on the memory. `exact`: attention is computed in float32 too. Raises what
+    `open_engine` raises.
     """
     file = read_model_file(path)
     file.check_can_generate()
     budget, threads = memory or default_budget(), threads or default_threads()
-    engine = _open(file, context, budget, threads, tap, in_memory or not streaming_support())
+    attention = {"flash_attention": False, "float32_cache": True} if exact else {"flash_attention": None}
+    engine = _open(file, context, budget, threads, tap, in_memory or not streaming_support(), attention)
     try:
         if tap is not None:
             tap.active = True
@@ -101,15 +104,20 @@ def scoring_engine(
 
 
 def _open(
-    file: ModelFile, context: int, budget: int, threads: int, tap: Tap | None, in_memory: bool
+    file: ModelFile,
+    context: int,
+    budget: int,
+    threads: int,
+    tap: Tap | None,
+    in_memory: bool,
+    attention: Mapping[str, bool | None],
 ) -> GGUFEngine:
     ubatch = tokens_at_once(file, context)
     wrap = tap.wrap if tap is not None else dict
     if in_memory:
-        return _plain(file, plan_without_streaming(file, budget), context, ubatch, threads, wrap)
-    prepared = Prepared(
-        file, context_length=context, threads=threads, ubatch=ubatch, outputs_max=ubatch, wrap_callbacks=wrap
-    )
+        return _plain(file, plan_without_streaming(file, budget), context, ubatch, threads, wrap, attention)
+    options = {"context_length": context, "threads": threads, "ubatch": ubatch, "outputs_max": ubatch}
+    prepared = Prepared(file, **options, **attention, wrap_callbacks=wrap)
     try:
         plan = prepared.plan(budget)
         if plan.mode == "streaming":
@@ -118,7 +126,7 @@ def _open(
         prepared.close()
         raise
     prepared.close()
-    return _plain(file, plan, context, ubatch, threads, wrap)
+    return _plain(file, plan, context, ubatch, threads, wrap, attention)
 
 
 def _plain(
@@ -128,6 +136,7 @@ def _plain(
     ubatch: int,
     threads: int,
     wrap: Callable[[dict[str, int]], dict[str, int]],
+    attention: Mapping[str, bool | None],
 ) -> GGUFEngine:
     started = time.perf_counter()
     hook = make_hook() if streaming_support() else None
@@ -139,7 +148,7 @@ def _plain(
             ubatch=ubatch,
             threads=threads,
             outputs_max=ubatch,
-            flash_attention=None,
+            **attention,
             **wrap({"abort": hook.abort_address, "abort_data": hook.data_address} if hook else {}),
         )
     except BaseException:

@@ -213,9 +213,9 @@ class LlamaContext:
 
     `context_length`: the most tokens the sequence may hold. `ubatch`: the most tokens of one decode.
     `outputs_max`: the most positions of one decode whose logits are kept (each costs vocab_size floats).
-    `flash_attention`: None lets llama.cpp choose. `cb_eval` and `abort` are addresses of C functions of the
-    types ggml_backend_sched_eval_callback and ggml_abort_callback; `cb_data` and `abort_data` are what
-    they are given.
+    `float32_cache`: keys and values are not rounded to float16. `flash_attention`: None lets llama.cpp
+    choose. `cb_eval` and `abort` are addresses of C functions of the types ggml_backend_sched_eval_callback
+    and ggml_abort_callback; `cb_data` and `abort_data` are what they are given.
     """
 
     def __init__(
@@ -228,6 +228,7 @@ class LlamaContext:
         threads_batch: int | None = None,
         outputs_max: int = 1,
         flash_attention: bool | None,
+        float32_cache: bool = False,
         cb_eval: int | None = None,
         cb_data: int | None = None,
         abort: int | None = None,
@@ -235,6 +236,8 @@ class LlamaContext:
     ):
         _errors.clear()
         params = _context_params(context_length, ubatch, threads, threads_batch, outputs_max, flash_attention)
+        if float32_cache:
+            params.type_k = params.type_v = llama_cpp.GGML_TYPE_F32
         if cb_eval:
             params.cb_eval = ctypes.cast(cb_eval, llama_cpp.ggml_backend_sched_eval_callback)
             params.cb_eval_user_data = cb_data

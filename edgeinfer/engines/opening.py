@@ -89,6 +89,7 @@ class Prepared:
         ubatch: int = UBATCH,
         outputs_max: int = 1,
         flash_attention: bool | None = None,
+        float32_cache: bool = False,
         wrap_callbacks: Callable[[dict[str, int]], dict[str, int]] = dict,
     ):
         overhead = Overhead(file, ubatch)
@@ -104,6 +105,7 @@ class Prepared:
                 threads=threads,
                 outputs_max=outputs_max,
                 flash_attention=flash_attention,
+                float32_cache=float32_cache,
                 **wrap_callbacks(self.paged.context_callbacks),
             )
             overhead.context_made(self.context, outputs_max)

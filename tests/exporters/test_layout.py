@@ -15,6 +15,7 @@ import gguf_bytes
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from gguf_copies import reordered
 from test_bit_identity import split_file
 from tiny import tiny_model
 
@@ -49,24 +50,6 @@ def tensors_of(path):
 def assert_same_tensor(found, expected):
     assert (found.tensor_type, found.shape.tolist()) == (expected.tensor_type, expected.shape.tolist())
     assert np.array_equal(found.data.view(np.uint8), expected.data.view(np.uint8))
-
-
-def reordered(source, target, change):
-    """The same model with its tensors in another order, or some of them replaced: `change` gets {name:
-    (array, type)}.
-    """
-    reader = gguf.GGUFReader(source)
-    writer = gguf.GGUFWriter(target, reader.fields["general.architecture"].contents())
-    for name, field in reader.fields.items():
-        if not name.startswith("GGUF.") and name != "general.architecture":
-            writer.add_key_value(name, field.contents(), field.types[0], *field.types[1:2])
-    for name, (data, kind) in change({t.name: (t.data, t.tensor_type) for t in reader.tensors}).items():
-        writer.add_tensor(name, data, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return target
 
 
 # ---- tensors ---------------------------------------------------------------------------------------------
