@@ -1,21 +1,29 @@
-"""What kind of model a file is, by its first bytes."""
+"""What kind of model a file is, by its content."""
 
 from __future__ import annotations
 
 import os
 
-#: First byte of a protobuf ModelProto: the tag of one of its fields (onnx.proto), ir_version as a rule.
-_ONNX_TAGS = frozenset((0x08, 0x12, 0x1A, 0x22, 0x28, 0x32, 0x3A, 0x42, 0x72))
+_IR_VERSION, _GRAPH = 0x08, 0x3A  # tags of ModelProto's first field, and of its graph (onnx.proto)
+_TEXTS = frozenset((0x12, 0x1A, 0x22, 0x32, 0x42, 0x72))  # tags of its short fields that have a length
+_MOST_IR_VERSION = 64
 
 
 def model_kind(path: str | os.PathLike) -> str:
-    """ "onnx" or "gguf". A file that cannot be read, or is neither, is left to the GGUF reader, which says
-    so."""
+    """ "onnx" or "gguf". A file that is neither is left to the GGUF reader, which says so."""
     try:
         with open(path, "rb") as file:
-            start = file.read(4)
+            start = file.read(4096)
     except OSError:
         return "onnx" if os.fspath(path).endswith(".onnx") else "gguf"
-    if start == b"GGUF":
-        return "gguf"
-    return "onnx" if start[:1] and start[0] in _ONNX_TAGS else "gguf"
+    return "onnx" if not start.startswith(b"GGUF") and _begins_as_onnx(start) else "gguf"
+
+
+def _begins_as_onnx(start: bytes) -> bool:
+    """Whether it begins with the version that every writer of ONNX puts first, or with short fields and a graph."""
+    if len(start) >= 2 and start[0] == _IR_VERSION:
+        return start[1] <= _MOST_IR_VERSION
+    at = 0
+    while at + 1 < len(start) and start[at] in _TEXTS and start[at + 1] < 128:
+        at += 2 + start[at + 1]
+    return at < len(start) and start[at] == _GRAPH

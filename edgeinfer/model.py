@@ -49,25 +49,39 @@ def load(
 ) -> Model | OnnxModel:
     """Open a model that may use `memory`: bytes, "2GiB", "50%"; None: what is available less a reserve.
 
-    A GGUF file gives a Model, which generates text; an ONNX file an OnnxModel with `run` and `stream`: the
-    content decides. `path` None is the embedded default model. `ctx`: tokens of context (GGUF); `threads`:
-    computing threads; None lets edgeinfer choose. `progress` is called with the loaded fraction. Raises
+    A GGUF file, and an ONNX decoder beside its tokenizer.json, gives a Model, which generates text; any other
+    ONNX file an OnnxModel with `run` and `stream`: the content decides. `path` None is the embedded default
+    model. `ctx`: tokens of context; `threads`: computing threads; None lets edgeinfer choose. `progress` is called with the loaded fraction. Raises
     ModelFileError, BudgetError and EngineError; ValueError for numbers that mean nothing.
     """
     for name, value in (("ctx", ctx), ("threads", threads)):
         if value is not None and value < 1:
             raise ValueError(f"expected {name} of at least 1, got {value}")
     if path is not None and model_kind(path) == "onnx":
-        from edgeinfer.engines.onnx import open_onnx
-
-        if ctx is not None:
-            raise ValueError(f"expected no ctx for an ONNX model, got {ctx}: {path} has no context of tokens")
-        return open_onnx(path, memory=memory, threads=threads, progress=progress)
+        return _load_onnx(path, memory, ctx, threads, progress)
     from edgeinfer.engines.opening import open_engine
     from edgeinfer.models import default_model_path
 
     path = default_model_path() if path is None else path
     return Model(open_engine(path, memory=memory, context_length=ctx, threads=threads, progress=progress))
+
+
+def _load_onnx(
+    path: str | os.PathLike,
+    memory: int | str | None,
+    ctx: int | None,
+    threads: int | None,
+    progress: Progress | None,
+) -> Model | OnnxModel:
+    from edgeinfer.engines.decoder import is_decoder_file, open_decoder
+    from edgeinfer.engines.onnx import open_onnx
+
+    options = {"memory": memory, "threads": threads, "progress": progress}
+    if is_decoder_file(path):
+        return Model(open_decoder(path, context_length=ctx, **options))
+    if ctx is not None:
+        raise ValueError(f"expected no ctx for an ONNX model that does not write, got {ctx} for {path}")
+    return open_onnx(path, **options)
 
 
 class Model:
@@ -169,12 +183,10 @@ class Model:
         stop = (stop,) if isinstance(stop, str) else tuple(stop)
 
         def pieces() -> Iterator[str]:
-            from edgeinfer.engines.llama import Sampler
-
             generation = self._current = Generation()
             before = self.engine.statistics()
             self._keep_prefix(tokens if reuse else [])
-            sampler = Sampler(temperature, top_p, seed, self.engine.model)
+            sampler = self.engine.make_sampler(temperature, top_p, seed)
             options = {"max_tokens": max_tokens, "stop": stop, "progress": progress}
             try:
                 for text in generate(self.engine, sampler, tokens, generation, **options):

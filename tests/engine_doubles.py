@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import llama_cpp
 
-from edgeinfer.engines.llama import LlamaContext, LlamaModel
+from edgeinfer.engines.llama import LlamaContext, LlamaModel, Sampler
 
 
 def statistics(**values):
@@ -39,6 +39,9 @@ class StockEngine:
 
     def decode(self, tokens):
         self.context.decode(tokens)
+
+    def make_sampler(self, *options):
+        return Sampler(*options, self.model)
 
     def sample(self, sampler):
         return sampler.sample(self.context)
@@ -84,6 +87,9 @@ class ScriptedEngine:
         self.position += len(tokens)
         self._streamed += 10
         time.sleep(self._wait)
+
+    def make_sampler(self, *options):
+        return Sampler(*options, self.model)
 
     def sample(self, _sampler):
         self._next += 1

@@ -102,16 +102,17 @@ def run(
     as_json: bool,
     **onnx: Any,
 ) -> None:
-    """Let the GGUF file MODEL write, or run the ONNX file MODEL on --input, within a memory budget.
+    """Let the GGUF file MODEL write, or run the ONNX file MODEL on --input, within a memory budget. An ONNX
+    decoder beside its tokenizer.json writes too.
 
     Without MODEL, the small story writer that comes with edgeinfer. A model with a chat template answers the
     prompt, any other continues it.
     """
-    if model is not None and model_kind(model) == "onnx":
-        _refuse(WRITING, "a GGUF model that writes", f"{model} is an ONNX model")
+    if model is not None and model_kind(model) == "onnx" and not _writes(model, onnx["given"]):
+        _refuse(WRITING, "a model that writes", f"{model} does not")
         _run_onnx(model, prompt, memory, threads, as_json, onnx)
         return
-    _refuse(tuple(onnx), "an ONNX model", f"{model} is none" if model else "no MODEL was given")
+    _refuse(tuple(onnx), "an ONNX model", f"{model} writes" if model else "no MODEL was given")
     is_chat = prompt is None and not as_json and _is_terminal(sys.stdin) and _is_terminal(sys.stdout)
     if not is_chat:
         prompt = _read_prompt() if prompt is None else prompt
@@ -129,6 +130,13 @@ def run(
                 click.echo(closing_line(loaded.stats), err=True)
         else:
             _write(loaded, prompt, options, as_json)
+
+
+def _writes(model: str, given: Sequence[str]) -> bool:
+    """Whether an ONNX model is a decoder that is to continue a text, and not to be run on arrays."""
+    from edgeinfer.engines.decoder import is_decoder_file
+
+    return not given and is_decoder_file(model)
 
 
 def _refuse(names: Sequence[str], owner: str, why: str) -> None:

@@ -129,6 +129,10 @@ class GGUFEngine:
         """Read the streamed weights of one pass without computing, and give the bytes; 0 where nothing is streamed."""
         return self._worker.submit(self._paged.read_pass).result() if self._paged is not None else 0
 
+    def make_sampler(self, temperature: float, top_p: float, seed: int | None) -> Sampler:
+        """See edgeinfer.engines.llama.Sampler."""
+        return Sampler(temperature, top_p, seed, self.model)
+
     def sample(self, sampler: Sampler) -> int:
         """The token that follows the sequence."""
         return sampler.sample(self.context)

@@ -21,6 +21,8 @@ from edgeinfer.onnx.ports import Port, check_feeds
 from edgeinfer.onnx.stock import StockModel
 
 if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
+
     from edgeinfer.streams.model_stream import ModelStream
 
 __all__ = ["OnnxModel", "OnnxPlan", "OnnxStatistics", "Port", "open_onnx"]
@@ -85,6 +87,12 @@ class OnnxModel:
             results = self._runner.run(arrays, wanted)
             self._passes += 1
         return results
+
+    @property
+    def session(self) -> InferenceSession | None:
+        """The stock session that holds all of the model, for binding its inputs and outputs; None where it is run in
+        stages, and once it is closed."""
+        return self._runner.session if isinstance(self._runner, StockModel) else None
 
     def run_again(self, feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
         """All outputs in their order for `feeds` that `run` has taken before, names, types and shapes alike.

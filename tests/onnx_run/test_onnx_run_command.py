@@ -324,3 +324,27 @@ def test_a_result_is_not_replaced_unasked(tmp_path):
 def _npy(folder):
     np.save(folder / "x.npy", np.ones((1, 4), np.float32))
     return folder / "x.npy"
+
+
+def test_text_goes_through_the_tokenizer_beside_the_model(tmp_path):
+    """An encoder's inputs, ids, mask and token types, come from one text."""
+    from tiny_decoder import write_tokenizer
+
+    tokenizer = write_tokenizer(tmp_path)
+    ports = [(name, np.int64, ["batch", "tokens"]) for name in ("input_ids", "attention_mask", "token_type_ids")]
+    nodes = [helper.make_node("Identity", [name], [f"{name}_out"]) for name, _, _ in ports]
+    outputs = [(f"{name}_out", kind, shape) for name, kind, shape in ports]
+    model = save_model(tmp_path / "m.onnx", nodes, ports, outputs)
+    (tmp_path / "t.txt").write_text("Once upon a time")
+    expected = tokenizer.encode("Once upon a time").ids
+    for arguments in (["-p", "Once upon a time"], ["--input", tmp_path / "t.txt"]):
+        found = answer(model, *arguments)["outputs"]
+        assert found["input_ids_out"]["values"] == [expected]
+        assert found["attention_mask_out"]["values"] == [[1] * len(expected)]
+        assert found["token_type_ids_out"]["values"] == [[0] * len(expected)]
+    (tmp_path / "t.txt").write_bytes(b"\xff\xfe\xff")
+    assert "is not UTF-8 text" in error_of(run(model, "--input", tmp_path / "t.txt"))
+    (tmp_path / "tokenizer.json").write_text("{}")
+    assert "is not a tokenizer that can be used" in error_of(run(model, "-p", "x"))
+    (tmp_path / "tokenizer.json").unlink()
+    assert "A text needs a tokenizer: expected" in error_of(run(model, "-p", "x"))
