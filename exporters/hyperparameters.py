@@ -104,7 +104,8 @@ def sliding_layers(values: Mapping[str, Any], pattern: str | int) -> list[bool]:
 def window_notes(mapping: ArchitectureMapping, values: Mapping[str, Any]) -> list[str]:
     """What it means that llama.cpp has no sliding window for an architecture whose model has one."""
     window, context = values.get("sliding_window"), count("max_position_embeddings", values)
-    slides = values.get("use_sliding_window", True) and _SLIDING in (values.get("layer_types") or [_SLIDING])
+    types = values.get("layer_types")
+    slides = values.get("use_sliding_window", True) and (not isinstance(types, list) or _SLIDING in types)
     if not mapping.full_attention or not slides or type(window) is not int or not 0 < window < context:
         return []
     return [

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from edgeinfer.errors import ExportError
+from edgeinfer.exporters.expressions import count
 
 TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 _DEFAULT_BETA = {"beta_fast": 32.0, "beta_slow": 1.0}  # what llama.cpp computes with
@@ -78,16 +79,10 @@ def read_rope(config: Mapping[str, Any], rules: RopeRules) -> Rope:
 
 def _parameters(config: Mapping[str, Any], rules: RopeRules) -> tuple[dict[str, Any], dict[str, Any]]:
     """The parameters of full and of sliding layers as transformers 5 writes them, from old forms too."""
-    scaling = config.get("rope_parameters") or {}
-    old = config.get("rope_scaling") or {}
-    for found in (scaling, old):
-        if not isinstance(found, dict):
-            raise ExportError(
-                f"config.json: the rope parameters are {str(found)[:60]!r}, expected an object."
-            )
-    nested = "full_attention" in scaling or "sliding_attention" in scaling
-    main = {**((scaling.get("full_attention") or {}) if nested else scaling), **old}
-    local = dict((scaling.get("sliding_attention") or {}) if nested else {})
+    found, old = _object(config, "rope_parameters"), _object(config, "rope_scaling")
+    nested = "full_attention" in found or "sliding_attention" in found
+    main = {**(_object(found, "full_attention") if nested else found), **old}
+    local = dict(_object(found, "sliding_attention")) if nested else {}
     for key in ("rope_theta", "partial_rotary_factor"):
         if config.get(key) is not None:
             main.setdefault(key, config[key])
@@ -96,13 +91,20 @@ def _parameters(config: Mapping[str, Any], rules: RopeRules) -> tuple[dict[str, 
     return main, local
 
 
+def _object(holder: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    found = holder.get(key) or {}
+    if not isinstance(found, dict):
+        raise ExportError(f"config.json: {key!r} is {str(found)[:60]!r}, expected an object.")
+    return found
+
+
 def _type(parameters: Mapping[str, Any], rules: RopeRules) -> str:
     kind = parameters.get("rope_type") or parameters.get("type") or "default"
     return rules.aliases.get(kind, kind) if isinstance(kind, str) else str(kind)
 
 
 def _dimension(config: Mapping[str, Any], main: Mapping[str, Any], rules: RopeRules) -> int:
-    head = config["head_dim"]
+    head = count("head_dim", config)
     dimension = int(head * _number(main, "partial_rotary_factor", 1.0))
     if dimension != head and not rules.partial:
         raise ExportError(
@@ -212,6 +214,10 @@ def _longrope(rope: Rope, main: Mapping[str, Any], config: Mapping[str, Any], di
     rope.metadata["rope.scaling.type"] = "longrope"
     rope.metadata["rope.scaling.original_context_length"] = original
     rope.metadata["rope.scaling.attn_factor"] = _number(main, "attention_factor", attention)
+    rope.notes.append(
+        f"rope factors for long texts count where the context is above {original:,} tokens; the original "
+        "chooses by the length of the text"
+    )
     for length in ("long", "short"):
         factors = main.get(f"{length}_factor")
         numbers = isinstance(factors, list) and all(

@@ -58,9 +58,10 @@ def export_gguf(
     `name`: general.name, the folder's name where it is None. `memory`: bytes that this process may hold.
     Raises ExportError (unknown architecture, tensors that do not fit), ModelFileError, BudgetError.
     """
+    started = time.monotonic()
+    _require_gguf()
     from edgeinfer.exporters.vocabulary import read_vocabulary
 
-    started = time.monotonic()
     if type not in (None, *FLOAT_TYPES):
         raise ExportError(f"The type {type!r} is not a float type: expected {', '.join(FLOAT_TYPES)}.")
     checkpoint = read_checkpoint(source)
@@ -72,7 +73,7 @@ def export_gguf(
     vocabulary = read_vocabulary(checkpoint.folder, values)
     _check_rows(checkpoint, plan, vocabulary.size)
     metadata = {
-        **_general(vocabulary.name_for(name or checkpoint.folder.resolve().name), type, plan),
+        **_general(vocabulary.name_for(name or _folder_name(checkpoint.folder)), type, plan),
         **gguf_metadata(mapping, values, rope),
         **vocabulary.metadata,
     }
@@ -87,6 +88,23 @@ def export_gguf(
         seconds=time.monotonic() - started,
         notes=(*_notes(mapping, values, plan), *rope.notes, *vocabulary.warnings),
     )
+
+
+def _require_gguf() -> None:
+    try:
+        import gguf  # noqa: F401
+    except ImportError:
+        raise ExportError(
+            'Exporting to GGUF needs the gguf package: pip install "edgeinfer[export]"'
+        ) from None
+
+
+def _folder_name(folder: Path) -> str:
+    """The folder's name; in a download cache (models--OWNER--NAME/snapshots/COMMIT) the model's."""
+    folder = folder.resolve()
+    cache = folder.parent.parent.name
+    in_cache = folder.parent.name == "snapshots" and cache.startswith("models--")
+    return cache.split("--")[-1] if in_cache else folder.name
 
 
 def _own_type(plan: TensorPlan) -> str:

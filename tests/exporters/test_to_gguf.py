@@ -299,6 +299,20 @@ def test_the_file_is_laid_out_for_streaming(tmp_path, llama):
     assert types["attn_norm"] == "F32" and types["attn_q"] == "BF16"
 
 
+def test_a_model_from_a_download_cache_keeps_its_name(tmp_path, llama):
+    snapshot = tmp_path / "models--someone--Some-1B" / "snapshots" / "0123abc"
+    snapshot.parent.mkdir(parents=True)
+    llama.rename(snapshot)
+    export_gguf(snapshot, tmp_path / "out.gguf")
+    assert read_model_file(tmp_path / "out.gguf").metadata["general.name"] == "Some-1B"
+
+
+def test_without_the_gguf_package_it_says_what_to_install(tmp_path, llama, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(ExportError, match=r'needs the gguf package: pip install "edgeinfer\[export\]"'):
+        export_gguf(llama, tmp_path / "out.gguf")
+
+
 def test_routers_and_vectors_stay_float32(tmp_path):
     folder = tiny_checkpoint(tmp_path / "tiny", "qwen2moe", dtype="bfloat16").folder
     export_gguf(folder, tmp_path / "out.gguf")

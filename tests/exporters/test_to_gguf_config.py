@@ -1,5 +1,7 @@
 """Mapping files and configs: names, defaults and forms, and what llama.cpp cannot compute."""
 
+import random
+
 import gguf
 import pytest
 
@@ -8,7 +10,7 @@ transformers = pytest.importorskip("transformers", reason='needs pip install "ed
 from tiny_checkpoints import MODELS  # noqa: E402
 
 from edgeinfer.errors import ExportError  # noqa: E402
-from edgeinfer.exporters.hyperparameters import complete_config, gguf_metadata  # noqa: E402
+from edgeinfer.exporters.hyperparameters import complete_config, gguf_metadata, window_notes  # noqa: E402
 from edgeinfer.exporters.mapping import find_mapping, mapping_names, parse_mapping, read_mapping  # noqa: E402
 from edgeinfer.exporters.rope import read_rope  # noqa: E402
 
@@ -76,6 +78,7 @@ def _metadata(config):
     mapping = find_mapping(config)
     values = complete_config(mapping, config)
     rope = read_rope(values, mapping.rope)
+    window_notes(mapping, values)
     return gguf_metadata(mapping, values, rope), {name: list(array) for name, array in rope.tensors.items()}
 
 
@@ -229,3 +232,46 @@ def test_what_llama_cpp_cannot_compute_is_refused(name, change, words):
     config = {"architectures": [MODELS[name][0]], **COMMON, **change}
     with pytest.raises(ExportError, match=words):
         _metadata({key: value for key, value in config.items() if value != "absent"})
+
+
+ODD = [
+    None,
+    -1,
+    0,
+    1,
+    7,
+    1e30,
+    float("nan"),
+    float("inf"),
+    "x",
+    "",
+    [],
+    {},
+    True,
+    False,
+    1 << 100,
+    [1],
+    {"a": 1},
+]
+ODD += [0.5, ["sliding_attention"] * 2, "=hidden_size", {"full_attention": 3}, {"rope_type": "yarn"}]
+ODD += [
+    {"rope_type": [1]},
+    {"rope_type": "llama3", "factor": "x"},
+    {"type": "longrope", "long_factor": [None] * 8},
+]
+ROPE_KEYS = ["rope_scaling", "rope_parameters", "rope_theta", "rope_local_base_freq", "partial_rotary_factor"]
+
+
+@pytest.mark.parametrize("name", mapping_names())
+def test_odd_values_are_taken_or_refused_but_never_escape(name):
+    mapping, chance = read_mapping(name), random.Random(7)
+    base = {"architectures": [MODELS[name][0]], **COMMON}
+    keys = [*base, *mapping.defaults, *ROPE_KEYS, "layer_types", "sliding_window", "text_config"]
+    refused = 0
+    for _ in range(400):
+        config = {**base, **{key: chance.choice(ODD) for key in chance.sample(keys, 2)}}
+        try:
+            _metadata(config)
+        except ExportError:
+            refused += 1
+    assert 0 < refused < 400

@@ -208,8 +208,7 @@ def add_tokenizer(folder: Path) -> None:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    text = (Path(__file__).parents[2] / "exporters" / "texts" / "page.txt").read_text(encoding="utf-8")
-    tokenizer.train_from_iterator(text.splitlines(), trainer)
+    tokenizer.train_from_iterator(Path(__file__).read_text(encoding="utf-8").splitlines(), trainer)
     assert tokenizer.get_vocab_size() == VOCABULARY
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(
         folder
