@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from edgeinfer.errors import ExportError
+from edgeinfer.exporters.added_tokens import AddedToken
 from edgeinfer.exporters.pretokenizers import PreTokenizer, recognise, recognise_class
 from edgeinfer.exporters.token_table import NORMAL, TokenTable, base_tokens
 from edgeinfer.exporters.tokenizer_files import TokenizerFiles, read_object, read_text
@@ -28,8 +29,8 @@ def is_byte_level(tokenizer: dict[str, Any]) -> bool:
     return False
 
 
-def byte_level_table(files: TokenizerFiles) -> TokenTable:
-    """From tokenizer.json. Raises ExportError for what llama.cpp cannot do and for files that contradict themselves."""
+def byte_level_table(files: TokenizerFiles, added: list[AddedToken]) -> TokenTable:
+    """From tokenizer.json, without its `added` tokens. Raises ExportError for what llama.cpp cannot do and for files that contradict themselves."""
     where = str(files.path("tokenizer.json"))
     tokenizer = files.tokenizer or {}
     model = model_of(tokenizer, where)
@@ -41,7 +42,7 @@ def byte_level_table(files: TokenizerFiles) -> TokenTable:
         tokenizer.get("pre_tokenizer"),
         ignore_merges,
         nfc,
-        lambda: _reaches_all(texts, merges),
+        lambda: _reaches_all(texts, merges, {token.text for token in added}),
         f"{where}: pre_tokenizer",
     )
     return _table(pre, texts, merges, nfc)
@@ -129,13 +130,13 @@ def _normalizes(normalizer: Any, where: str) -> bool:
     raise ExportError(f"{where}: the normalizer {kind or str(normalizer)[:80]} changes text in a way that llama.cpp cannot.")
 
 
-def _reaches_all(texts: list[str], merges: list[Merge]) -> bool:
-    """Whether merging the letters of every token gives that token, by the tokenizers library."""
+def _reaches_all(texts: list[str], merges: list[Merge], added: set[str]) -> bool:
+    """Whether merging the letters of every token but the `added` gives that token, by the tokenizers library."""
     from tokenizers.models import BPE
 
     bpe = BPE(vocab={text: token for token, text in enumerate(texts)}, merges=merges)
     letters = set(byte_letters())
-    words = (text for text in texts if letters.issuperset(text))
+    words = (text for text in texts if letters.issuperset(text) and text not in added)
     return all(len(bpe.tokenize(word)) == 1 for word in words)
 
 

@@ -125,8 +125,8 @@ def _split_regex(part: dict[str, Any], num_steps: int, where: str) -> str:
     way = (part.get("behavior"), bool(part.get("invert")))
     if not isinstance(regex, str) or not (way == _ISOLATED or way == _MATCHES_ONLY and num_steps <= 2):
         raise ExportError(
-            f"{where}: a Split with {json.dumps(part, ensure_ascii=False)[:200]}; expected a Regex whose matches are "
-            "Isolated. llama.cpp has no such pre-tokenizer."
+            f"{where}: a Split with behavior {way[0]}, invert {way[1]} and {json.dumps(pattern, ensure_ascii=False)[:200]}; "
+            "expected a Regex whose matches are Isolated. llama.cpp has no such pre-tokenizer."
         )
     return regex
 

@@ -44,7 +44,7 @@ def spaces_of_model(model: Any, where: str) -> Spaces:
     if spec.precompiled_charsmap:
         warnings.append(
             f"The SentencePiece model normalizes characters ({spec.name or 'its own rules'}); llama.cpp does not. Text "
-            "that this changes (ligatures, full-width letters, decomposed accents) gets other ids."
+            "that this changes (perhaps line breaks, ligatures, full-width letters, decomposed accents) gets other ids."
         )
     if spec.remove_extra_whitespaces:
         warnings.append(

@@ -89,16 +89,19 @@ def _further_ends(source: _Source, eos: int | None) -> dict[str, int]:
 
 
 def _added_to_text(source: _Source, tokens: dict[str, int | None]) -> dict[str, bool]:
-    """add_bos_token and add_eos_token: by tokenizer_config.json, else by the post-processor, else as llama does."""
+    """add_bos_token and add_eos_token: by the post-processor, else by tokenizer_config.json, else as llama does.
+
+    As transformers 5, which does not look at the settings where there is a tokenizer.json.
+    """
     settings = {kind: source.files.settings.get(f"add_{kind}_token") for kind in ("bos", "eos")}
     explicit = any(isinstance(value, bool) for value in settings.values())
     around = _template(source.files.tokenizer)
     flags = {}
     for kind in ("bos", "eos"):
-        if explicit:
-            flag = settings[kind] is True
-        elif around is not None:
+        if around is not None:
             flag = _adds(around[kind], tokens[kind], source.table)
+        elif explicit:
+            flag = settings[kind] is True
         else:
             flag = kind == "bos" and source.table.model == "llama" and tokens["bos"] is not None
         if flag and tokens[kind] is None:

@@ -85,7 +85,7 @@ def read_vocabulary(folder: Path, config: Mapping[str, Any]) -> Vocabulary:
 
 def _base(files: TokenizerFiles, config: Mapping[str, Any], added: list[AddedToken]) -> TokenTable:
     if files.tokenizer is not None and is_byte_level(files.tokenizer):
-        return byte_level_table(files)
+        return byte_level_table(files, added)
     if files.tokenizer is not None or files.has("tokenizer.model"):
         return sentencepiece_table(files, added)
     if files.has("vocab.json") and files.has("merges.txt"):
