@@ -63,7 +63,9 @@ class Encoder:
     def _matrix(self, name: str, inputs: int, outputs: int) -> Iterator[Weight]:
         spread = inputs**-0.5
         if self.bits == 4:
-            yield Weight(f"{name}.weight", (outputs, inputs // BLOCK, BLOCK // 2), 0.0, type=TensorProto.UINT8)
+            yield Weight(
+                f"{name}.weight", (outputs, inputs // BLOCK, BLOCK // 2), 0.0, type=TensorProto.UINT8
+            )
             yield Weight(f"{name}.scales", (outputs * inputs // BLOCK,), spread / 40, mean=spread / 5)
         else:
             yield Weight(f"{name}.weight", (inputs, outputs), spread)
@@ -143,7 +145,9 @@ class _Graph:
         x = self._node("Gather", "embedding", "tokens")
         for layer in range(self._encoder.layers):
             x = self._layer(str(layer), x)
-        self._node("LayerNormalization", x, "final_norm.scale", "final_norm.shift", output="hidden", epsilon=EPSILON)
+        self._node(
+            "LayerNormalization", x, "final_norm.scale", "final_norm.shift", output="hidden", epsilon=EPSILON
+        )
         sizes = ["batch", "sequence"]
         return helper.make_graph(
             self._nodes,
@@ -156,7 +160,9 @@ class _Graph:
     def _layer(self, name: str, x: str) -> str:
         width, ffn = self._encoder.width, self._encoder.ffn
         normed = self._norm(f"{name}.attention_norm", x)
-        query, key, value = (self._heads(f"{name}.{kind}", normed, width) for kind in ("query", "key", "value"))
+        query, key, value = (
+            self._heads(f"{name}.{kind}", normed, width) for kind in ("query", "key", "value")
+        )
         key = self._node("Transpose", key, perm=[0, 2, 3, 1])
         query, value = (self._node("Transpose", part, perm=[0, 2, 1, 3]) for part in (query, value))
         scores = self._node("Mul", self._node("MatMul", query, key), "scale")
@@ -183,7 +189,9 @@ class _Graph:
 
     def _node(self, kind: str, *inputs: str, output: str = "", **attributes: object) -> str:
         output = output or f"{kind}.{len(self._nodes)}"
-        self._nodes.append(helper.make_node(kind, inputs, [output], name=f"node.{len(self._nodes)}", **attributes))
+        self._nodes.append(
+            helper.make_node(kind, inputs, [output], name=f"node.{len(self._nodes)}", **attributes)
+        )
         return output
 
     def _constant(self, name: str, value: np.ndarray) -> None:
@@ -191,7 +199,9 @@ class _Graph:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.onnx_maker", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.onnx_maker", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("out", type=Path)
     parser.add_argument("--size", default="2GB", help="about so many bytes of weights")
     parser.add_argument("--bits", type=int, choices=(4, 32), default=32)

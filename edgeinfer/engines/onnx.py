@@ -72,7 +72,9 @@ class OnnxModel:
         """How the weights are held: "in-memory" (one stock session) or "streaming" (in stages)."""
         return self.plan.mode
 
-    def run(self, feeds: Mapping[str, np.ndarray], outputs: Sequence[str] | None = None) -> dict[str, np.ndarray]:
+    def run(
+        self, feeds: Mapping[str, np.ndarray], outputs: Sequence[str] | None = None
+    ) -> dict[str, np.ndarray]:
         """The outputs by name (None: all of them) for `feeds`, an array for each input.
 
         Raises InputError where a name, type or shape is not the model's, EngineError where ONNX Runtime fails,
@@ -83,7 +85,9 @@ class OnnxModel:
         with self._running:
             if self._runner is None:
                 raise EngineError("The model is closed. Open it again.")
-            self._peak = max(self._peak, process_memory().peak_rss_bytes)  # a pass that is measured starts it anew
+            self._peak = max(
+                self._peak, process_memory().peak_rss_bytes
+            )  # a pass that is measured starts it anew
             results = self._runner.run(arrays, wanted)
             self._passes += 1
         return results

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 
 import onnx
 
-NARROW = 4  # tensors handed over at a good cut; a residual stream is one, attention masks and the like are others
+NARROW = (
+    4  # tensors handed over at a good cut; a residual stream is one, attention masks and the like are others
+)
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Graph:
         self.defaults = {port.name for port in graph.input} & self.weights.keys()
         self.inputs = tuple(port.name for port in graph.input if port.name not in self.weights)
         self.outputs = tuple(port.name for port in graph.output)
-        self._used = [_used_names(node) for node in self.nodes]
+        self._used = [used_names(node) for node in self.nodes]
         self._made = [[name for name in node.output if name] for node in self.nodes]
         self._crossing = self._find_crossing()
 
@@ -115,7 +117,9 @@ class Graph:
             [self._port(name) for name in (*stage.inputs, *defaults)],
             [self._port(name) for name in stage.outputs],
             weights,
-            value_info=[info for info in self.model.graph.value_info if info.name in made - set(stage.outputs)],
+            value_info=[
+                info for info in self.model.graph.value_info if info.name in made - set(stage.outputs)
+            ],
         )
         model = onnx.ModelProto(ir_version=self.model.ir_version, graph=graph)
         model.opset_import.extend(self.model.opset_import)
@@ -129,7 +133,7 @@ class Graph:
         return onnx.helper.make_tensor_value_info(name, tensor.data_type, tensor.dims)
 
 
-def _used_names(node: onnx.NodeProto) -> list[str]:
+def used_names(node: onnx.NodeProto) -> list[str]:
     """Names of tensors that a node reads, those that its subgraphs take from around them too."""
     names = [name for name in node.input if name]
     for attribute in node.attribute:
@@ -144,13 +148,15 @@ def _captured(graph: onnx.GraphProto) -> Iterable[str]:
     defined |= {tensor.values.name for tensor in graph.sparse_initializer}
     captured: list[str] = []
     for node in graph.node:
-        captured += [name for name in _used_names(node) if name not in defined]
+        captured += [name for name in used_names(node) if name not in defined]
         defined |= set(node.output)
     captured += [port.name for port in graph.output if port.name not in defined]
     return captured
 
 
-def choose_cuts(graph: Graph, sizes: Mapping[str, int], stage_bytes: int, widest: int | None = NARROW) -> list[int]:
+def choose_cuts(
+    graph: Graph, sizes: Mapping[str, int], stage_bytes: int, widest: int | None = NARROW
+) -> list[int]:
     """Cuts at narrow places so that stages hold at most `stage_bytes` of weights, or one node that has more.
 
     A stage ends at the narrowest place among those where it holds from half to all of what it may; where there is none,
@@ -159,12 +165,13 @@ def choose_cuts(graph: Graph, sizes: Mapping[str, int], stage_bytes: int, widest
     allowed = set(graph.places(widest))
     nbytes = graph.node_bytes(sizes)
     cuts: list[int] = []
-    held, best = 0, None
+    held, best, best_rank = 0, None, (True, 0)
     for number in range(len(nbytes)):
         if number in allowed and held > 0:
-            half_full = held >= stage_bytes / 2
-            if best is None or not best_is_full or (half_full and graph.crossing(number) <= graph.crossing(best)):
-                best, best_is_full = number, half_full
+            half_empty = held < stage_bytes / 2
+            rank = half_empty, 0 if half_empty else graph.crossing(number)
+            if best is None or rank <= best_rank:
+                best, best_rank = number, rank
         if best is not None and held + nbytes[number] > stage_bytes:
             cuts.append(best)
             held, best = sum(nbytes[best:number]), None

@@ -55,7 +55,9 @@ class OnnxFile:
     @property
     def num_parameters(self) -> int:
         """Elements of tensors of real numbers, and of quantized ones; not of integers that are indices or shapes."""
-        return sum(tensor.num_elements for tensor in self.tensors if tensor.type not in ("int64", "int32", "string"))
+        return sum(
+            tensor.num_elements for tensor in self.tensors if tensor.type not in ("int64", "int32", "string")
+        )
 
 
 def read_onnx(path: str | os.PathLike, data_of: str | os.PathLike | None = None) -> OnnxFile:
@@ -97,7 +99,9 @@ class _Reader:
     def read(self) -> OnnxFile:
         skeleton = self._rewrite("model", 0, len(self._data), 0)
         if not self._has_graph or not self._opsets:
-            raise ModelFileError(f"{self._path} is not an ONNX model: expected a graph and its operator sets, found none.")
+            raise ModelFileError(
+                f"{self._path} is not an ONNX model: expected a graph and its operator sets, found none."
+            )
         initialized = {tensor.name for tensor in self._tensors}
         others = {tensor.path for tensor in self._tensors} - {self._path}
         return OnnxFile(
@@ -117,7 +121,9 @@ class _Reader:
     def _rewrite(self, kind: str, start: int, end: int, depth: int) -> bytes:
         """The message with large tensors made external. What is in it is noted on the way."""
         if depth > 3 * MOST_DEPTH:
-            raise ModelFileError(f"{self._path} is not opened: its graphs lie more than {MOST_DEPTH} deep in each other.")
+            raise ModelFileError(
+                f"{self._path} is not opened: its graphs lie more than {MOST_DEPTH} deep in each other."
+            )
         parts, copied = [], start
         operator, domain = "", ""
         for field in fields(self._data, start, end):
@@ -178,7 +184,11 @@ class _Reader:
                     version = signed(part.number_value)
             self._opsets[domain] = version
         elif field.number == 14 and field.kind == BYTES:  # metadata_props
-            pair = {part.number: text(data, part) for part in fields(data, field.start, field.end) if part.kind == BYTES}
+            pair = {
+                part.number: text(data, part)
+                for part in fields(data, field.start, field.end)
+                if part.kind == BYTES
+            }
             self._metadata[pair.get(1, "")] = pair.get(2, "")
 
 
@@ -189,12 +199,18 @@ def _read_port(data: memoryview, field: Field) -> tuple[str, str, tuple[int | st
         if part.number == 1 and part.kind == BYTES:
             name = text(data, part)
         elif part.number == 2 and part.kind == BYTES:
-            for tensor in (f for f in fields(data, part.start, part.end) if f.number == 1 and f.kind == BYTES):
+            for tensor in (
+                f for f in fields(data, part.start, part.end) if f.number == 1 and f.kind == BYTES
+            ):
                 for entry in fields(data, tensor.start, tensor.end):
                     if entry.number == 1 and entry.kind == VARINT:
                         kind = TYPES.get(entry.number_value, ("other", 0))[0]
                     elif entry.number == 2 and entry.kind == BYTES:
-                        dims = (f for f in fields(data, entry.start, entry.end) if f.number == 1 and f.kind == BYTES)
+                        dims = (
+                            f
+                            for f in fields(data, entry.start, entry.end)
+                            if f.number == 1 and f.kind == BYTES
+                        )
                         shape = [_read_size(data, dim) for dim in dims]
     return name, kind, tuple(shape)
 

@@ -5,12 +5,16 @@ ONNX Runtime maps each external tensor on its own, so an address is known by the
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 _MAPS = Path("/proc/self/maps")
+_PAGEMAP = Path("/proc/self/pagemap")
+_PRESENT = 1 << 63
 
 
 @dataclass(frozen=True)
@@ -36,3 +40,28 @@ def _matching(device: str, inode: str) -> Iterator[Mapping]:
             if found_device == device and found_inode == inode:
                 start, end = (int(address, 16) for address in addresses.split("-"))
                 yield Mapping(start, int(offset, 16), end - start)
+
+
+def drop(mapping: Mapping) -> None:
+    """Let go of pages that were read; they come back from the file when they are touched."""
+    code = ctypes.CDLL(None).madvise(
+        ctypes.c_void_p(mapping.address), ctypes.c_size_t(mapping.nbytes), ctypes.c_int(mmap.MADV_DONTNEED)
+    )
+    if code != 0:
+        raise OSError("pages of a mapping could not be dropped")
+
+
+def is_touched(mapping: Mapping) -> bool:
+    """Whether this process has touched a page of the mapping since it was made or dropped."""
+    with open(_PAGEMAP, "rb", buffering=0) as pages:
+        pages.seek(mapping.address // mmap.PAGESIZE * 8)
+        entries = memoryview(pages.read(mapping.nbytes // mmap.PAGESIZE * 8)).cast("Q")
+    return any(entry & _PRESENT for entry in entries)
+
+
+def give_back_memory() -> None:
+    """What was freed while a session was made goes back to the system; the next one would not find it all again."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError):  # another C library
+        pass

@@ -61,7 +61,9 @@ def open_model(
                 f"The budget of {format_size(budget)} does not hold this model, and {choice.name} needs all of it: "
                 f"{format_size(stock_plan(file, budget, '').ledger.total)}. Raise --memory, or compute on the CPU."
             )
-        choice = replace(choose_provider("cpu"), reason=f"{choice.name} needs the whole model within the budget.")
+        choice = replace(
+            choose_provider("cpu"), reason=f"{choice.name} needs the whole model within the budget."
+        )
     return file, _open_staged(file, budget, threads or default_threads(), choice, progress, say)
 
 
@@ -95,7 +97,9 @@ def _open_staged(
     key = entry_key(file.paths, FORMAT, stage_bytes)
     for attempt in range(2):
         entry = cache.find_or_make(
-            key, int(file.weights_bytes * _DISK_FACTOR), _maker(file, stage_bytes, _part(progress, 0, _PREPARING_SHARE), say)
+            key,
+            int(file.weights_bytes * _DISK_FACTOR),
+            _maker(file, stage_bytes, _part(progress, 0, _PREPARING_SHARE), say),
         )
         try:
             prepared = Prepared.read(entry.folder)
@@ -104,7 +108,9 @@ def _open_staged(
         except (StaleEntry, OSError, ValueError, KeyError) as error:
             entry.close()
             if attempt == 1 or not cache.remove(entry.folder):
-                raise EngineError(f"{file.path} could not be prepared so that it can be used: {error}") from error
+                raise EngineError(
+                    f"{file.path} could not be prepared so that it can be used: {error}"
+                ) from error
             continue
         except BaseException:
             entry.close()
@@ -120,7 +126,9 @@ def _maker(file: OnnxFile, stage_bytes: int, progress: Progress, say: Say | None
     def make(folder: Path) -> None:
         if say:
             size = format_size(int(file.weights_bytes * 2.1))
-            say(f"Preparing {file.path.name} for this processor, once. It takes about {size} in {folder.parent}.")
+            say(
+                f"Preparing {file.path.name} for this processor, once. It takes about {size} in {folder.parent}."
+            )
         run_in_child(file.path, folder, None, stage_bytes, progress)
 
     return make

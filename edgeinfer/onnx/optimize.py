@@ -63,7 +63,9 @@ def add_types(model: onnx.ModelProto, file: OnnxFile, optimized: Path) -> None:
         options = without_weights(Path(folder))
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         with explained(file.path):
-            session = ort.InferenceSession(asked.SerializeToString(), options, providers=["CPUExecutionProvider"])
+            session = ort.InferenceSession(
+                asked.SerializeToString(), options, providers=["CPUExecutionProvider"]
+            )
             ports = [port for port in session.get_outputs() if port.name not in known]
     del model.graph.value_info[:]
     model.graph.value_info.extend(_value_info(port) for port in ports if port.type.startswith("tensor("))

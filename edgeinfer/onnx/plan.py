@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from edgeinfer.budget import Ledger, format_size
 from edgeinfer.errors import BudgetError
+from edgeinfer.onnx.stage_files import Table
 from edgeinfer.plan import SMALL_BYTES, WeightUse, spread
 
 MIB = 1 << 20
@@ -20,19 +21,20 @@ READING_THREADS = 8
 
 @dataclass(frozen=True)
 class Block:
-    """Whole pages of a stage's data file, which hold one weight or several neighbours."""
+    """Whole pages of a stage's data file, which hold one weight or several neighbours; `table`: rows of it are enough."""
 
     name: str
     stage: int
     offset: int
     nbytes: int
+    table: Table | None = None
 
 
 @dataclass(frozen=True)
 class OnnxPlan:
     """How a model is run. `mode`: "in-memory" (one stock session, nothing streamed) or "streaming" (in stages).
 
-    `resident`, `streamed`: names of blocks; `ring_bytes`: of the ring for streamed ones; `reason`: why it is so, for
+    `resident`, `streamed`, `rows`: names of blocks; of the last only rows are read; `ring_bytes`: of the ring for streamed ones; `reason`: why it is so, for
     people; `provider`: what computes, and `provider_reason` why.
     """
 
@@ -42,7 +44,9 @@ class OnnxPlan:
     num_stages: int = 1
     resident: frozenset[str] = frozenset()
     streamed: frozenset[str] = frozenset()
+    rows: frozenset[str] = frozenset()
     ring_bytes: int = 0
+    streamed_bytes: int = 0  # a pass
     reason: str = ""
     provider: str = "cpu"
     provider_reason: str = ""
@@ -70,21 +74,19 @@ def place_blocks(blocks: Sequence[Block], capacity: int) -> Placement | None:
     return None
 
 
-def place_least(blocks: Sequence[Block], capacity: int) -> Placement:
-    """Stream all that can be, with the ring that takes less than a half of `capacity`, or the smallest."""
-    streamed = {block.name for block in blocks if block.nbytes > SMALL_BYTES}
-    ring = ring_for(blocks, streamed)
-    return streamed, ring if ring <= capacity // 2 else smallest_ring(blocks, streamed)
-
-
-def smallest_weights(blocks: Sequence[Block]) -> int:
-    """Bytes of weights and ring below which no placement fits."""
-    total = sum(block.nbytes for block in blocks)
-    best = total
+def place_least(blocks: Sequence[Block]) -> Placement:
+    """What takes the least memory: all is streamed but what would make the ring larger than it is itself."""
+    placements: list[Placement] = [(set(), 0)]
     for limit in _limits(blocks):
         streamed = {block.name for block in blocks if SMALL_BYTES < block.nbytes <= limit}
-        best = min(best, total - _bytes_of(streamed, blocks) + smallest_ring(blocks, streamed))
-    return best
+        placements.append((streamed, smallest_ring(blocks, streamed)))
+    return min(placements, key=lambda placement: held_bytes(blocks, placement))
+
+
+def held_bytes(blocks: Sequence[Block], placement: Placement) -> int:
+    """Bytes of memory that weights and ring take."""
+    streamed, ring = placement
+    return sum(block.nbytes for block in blocks if block.name not in streamed) + ring
 
 
 def _limits(blocks: Sequence[Block]) -> list[int]:
@@ -150,18 +152,20 @@ def make_plan(
     """
     held = sum(overhead.values())
     capacity = budget_bytes - held
-    smallest = held + smallest_weights(blocks)
+    rows = {block.name for block in blocks if block.table is not None}
+    if sum(block.nbytes for block in blocks) <= capacity and not measuring:
+        rows = set()
+    products = [block for block in blocks if block.name not in rows]
+    least = place_least(products)
+    smallest = held + held_bytes(products, least)
     if smallest > budget_bytes:
         raise BudgetError(
             f"The budget of {format_size(budget_bytes)} is too small for this model: the smallest that works is "
             f"{format_size(smallest + MIB)} ({smallest + MIB} bytes). Raise --memory.",
             smallest_bytes=smallest + MIB,
         )
-    placed = place_least(blocks, capacity) if measuring else None
-    if placed is None or _bytes_of({block.name for block in blocks} - placed[0], blocks) + placed[1] > capacity:
-        placed = place_blocks(blocks, capacity)
-    streamed, ring = placed
-    resident = {block.name for block in blocks} - streamed
+    streamed, ring = least if measuring else place_blocks(products, capacity) or least
+    resident = {block.name for block in products} - streamed
     entries = dict(overhead, resident_weights=_bytes_of(resident, blocks), ring=ring)
     return OnnxPlan(
         mode="streaming",
@@ -170,6 +174,8 @@ def make_plan(
         num_stages=num_stages,
         resident=frozenset(resident),
         streamed=frozenset(streamed),
+        rows=frozenset(rows),
         ring_bytes=ring,
+        streamed_bytes=_bytes_of(streamed, blocks),
         reason=reason,
     )

@@ -88,4 +88,3 @@ def _check(port: Port, value: object) -> np.ndarray:
             f"Input {port.name!r}: expected shape {show_shape(port.shape)}, got {show_shape(array.shape)}."
         )
     return np.ascontiguousarray(array).reshape(array.shape)
-

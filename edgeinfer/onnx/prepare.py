@@ -6,22 +6,22 @@ gone when it ends; `run_in_child` starts it and passes on what it says, a line o
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from edgeinfer import errors
 from edgeinfer.onnx.cache import MANIFEST
+from edgeinfer.onnx.homes import give_back_memory
 from edgeinfer.onnx.stage_files import StageFiles
 
 Progress = Callable[[float], None]
 
-FORMAT = 1  # of what is written; another number is another entry of the cache
+FORMAT = 2  # of what is written; another number is another entry of the cache
 MANY_STAGES = 96
 _OPTIMIZED = "edgeinfer-optimized.onnx"
 
@@ -42,9 +42,12 @@ class Prepared:
     def read(cls, folder: Path) -> Prepared:
         values = json.loads((folder / MANIFEST).read_text())
         inputs, outputs = (
-            tuple((name, kind, tuple(shape)) for name, kind, shape in values[key]) for key in ("inputs", "outputs")
+            tuple((name, kind, tuple(shape)) for name, kind, shape in values[key])
+            for key in ("inputs", "outputs")
         )
-        return cls(tuple(map(StageFiles.from_json, values["stages"])), inputs, outputs, str(values["single_reason"]))
+        return cls(
+            tuple(map(StageFiles.from_json, values["stages"])), inputs, outputs, str(values["single_reason"])
+        )
 
 
 def default_stage_bytes(weights_bytes: int) -> int:
@@ -85,20 +88,23 @@ def prepare(path: Path, folder: Path, cuts_wanted: int | None, stage_bytes: int,
 
 def _write(model, folder: Path, files: StageFiles, source: Path) -> StageFiles:
     """Write a stage, then open it as it will be opened, to note what of its data its session maps."""
+    import onnx
+
     from edgeinfer.onnx.optimize import take_in
     from edgeinfer.onnx.runtime import explained
     from edgeinfer.onnx.stage_files import open_stage, page_ranges, write_stage
+    from edgeinfer.onnx.weight_uses import WeightUses
 
     take_in(model, folder / _OPTIMIZED)
     with explained(source):
         write_stage(model.SerializeToString(), folder, files, source.parent)
-        _give_back_memory()
+        give_back_memory()
         _, found = open_stage(folder, files, 1)
     ranges = page_ranges(found)
-    _give_back_memory()
-    if (folder / files.data).exists():
-        _leave_page_cache(folder / files.data)
-    return StageFiles(files.model, files.data, files.inputs, files.outputs, ranges)
+    give_back_memory()
+    data_bytes = _leave_page_cache(folder / files.data) if (folder / files.data).exists() else 0
+    uses = WeightUses(onnx.load(folder / files.model, load_external_data=False), ranges)
+    return replace(files, ranges=ranges, idle=uses.idle(), tables=uses.tables(), data_bytes=data_bytes)
 
 
 def _single_reason(graph, weights: int, stage_bytes: int) -> str:
@@ -124,29 +130,31 @@ def _ports(file) -> dict:
     }
 
 
-def _give_back_memory() -> None:
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-    except (OSError, AttributeError):  # another C library
-        pass
-
-
-def _leave_page_cache(path: Path) -> None:
+def _leave_page_cache(path: Path) -> int:
+    """Write the file out, so that memory is not full of it; gives its bytes."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fdatasync(handle)
         os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+        return os.fstat(handle).st_size
     finally:
         os.close(handle)
 
 
-def run_in_child(path: Path, folder: Path, cuts_wanted: int | None, stage_bytes: int, progress: Progress) -> None:
+def run_in_child(
+    path: Path, folder: Path, cuts_wanted: int | None, stage_bytes: int, progress: Progress
+) -> None:
     """`prepare` in a process of its own; raises what it raised."""
     request = json.dumps([os.fspath(path.absolute()), os.fspath(folder), cuts_wanted, stage_bytes])
     command = [sys.executable, "-m", "edgeinfer.onnx.prepare", request]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     with subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, text=True
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment,
+        text=True,
     ) as child:
         try:
             said = _follow(child, progress)
@@ -171,7 +179,9 @@ def _follow(child: subprocess.Popen, progress: Progress) -> dict:
 
 def _how_it_ended(code: int, problem: str) -> str:
     if code == -9:
-        return "the process that prepared it was killed, most likely for want of memory. Give a larger --memory."
+        return (
+            "the process that prepared it was killed, most likely for want of memory. Give a larger --memory."
+        )
     lines = problem.strip().splitlines()
     return f"its process ended with code {code}: {lines[-1] if lines else 'it said nothing'}"
 

@@ -35,7 +35,7 @@ def explained(path: str | os.PathLike, kind: type[EdgeInferError] = EngineError)
 
 
 def _words(error: Exception) -> str:
-    """"[ONNXRuntimeError] : 1 : FAIL : Load model from x failed: why" -> "Load model from x failed: why"."""
+    """ "[ONNXRuntimeError] : 1 : FAIL : Load model from x failed: why" -> "Load model from x failed: why"."""
     text = " ".join(str(error).split())
     if text.startswith("[ONNXRuntimeError]"):
         text = text.split(" : ", 3)[-1]

@@ -20,23 +20,46 @@ INLINE_BYTES = 64 << 10  # weights below this stay in the graph's own file, and 
 
 
 @dataclass(frozen=True)
+class Table:
+    """A weight at `offset` of the data file whose rows are looked up by the integers of the stage's input `indices`."""
+
+    offset: int
+    nbytes: int
+    row_bytes: int
+    indices: str
+
+
+@dataclass(frozen=True)
 class StageFiles:
-    """A prepared stage. `ranges`: (offset, bytes) of the data file that its session maps, whole pages."""
+    """A prepared stage. `ranges`: (offset, bytes) of the data file that its session maps, whole pages.
+
+    `idle`: the offsets of ranges that are most likely never read: their kernels have them in a rearranged weight.
+    `tables`: weights of which only rows are read. `data_bytes`: the size of the data file.
+    """
 
     model: str
     data: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     ranges: tuple[tuple[int, int], ...] = ()
+    idle: tuple[int, ...] = ()
+    tables: tuple[Table, ...] = ()
+    data_bytes: int = 0
 
     def as_json(self) -> dict:
         return asdict(self)
 
     @classmethod
     def from_json(cls, values: dict) -> StageFiles:
-        ranges = tuple((int(offset), int(nbytes)) for offset, nbytes in values["ranges"])
         return cls(
-            str(values["model"]), str(values["data"]), tuple(values["inputs"]), tuple(values["outputs"]), ranges
+            model=str(values["model"]),
+            data=str(values["data"]),
+            inputs=tuple(values["inputs"]),
+            outputs=tuple(values["outputs"]),
+            ranges=tuple((int(offset), int(nbytes)) for offset, nbytes in values["ranges"]),
+            idle=tuple(int(offset) for offset in values["idle"]),
+            tables=tuple(Table(**table) for table in values["tables"]),
+            data_bytes=int(values["data_bytes"]),
         )
 
 
@@ -60,8 +83,12 @@ def open_stage(folder: Path, files: StageFiles, threads: int) -> tuple[ort.Infer
     options = _stage_options(threads)
     options.add_session_config_entry("session.use_env_allocators", "1")
     data = folder / files.data
-    before = set(mappings(data)) if data.exists() else set()  # of another model that is opened from the same files
-    session = ort.InferenceSession(os.fspath(folder / files.model), options, providers=["CPUExecutionProvider"])
+    before = (
+        set(mappings(data)) if data.exists() else set()
+    )  # of another model that is opened from the same files
+    session = ort.InferenceSession(
+        os.fspath(folder / files.model), options, providers=["CPUExecutionProvider"]
+    )
     found = mappings(data) if data.exists() else []
     return session, [mapping for mapping in found if mapping not in before]
 
@@ -72,7 +99,9 @@ def page_ranges(found: Iterable[Mapping]) -> tuple[tuple[int, int], ...]:
 
 def _stage_options(threads: int) -> ort.SessionOptions:
     options = session_options(threads)
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # done, over the whole graph
+    options.graph_optimization_level = (
+        ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    )  # done, over the whole graph
     # Weights that are rearranged while a session is made pass through memory that goes back to the system.
     options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
     options.enable_mem_pattern = False  # one block for a whole stage would not fit into what another has left

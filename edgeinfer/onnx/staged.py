@@ -15,7 +15,7 @@ import numpy as np
 from edgeinfer.budget import format_size, process_memory, reset_peak
 from edgeinfer.errors import BudgetError, EngineError
 from edgeinfer.onnx.cache import Entry
-from edgeinfer.onnx.plan import Block, OnnxPlan, make_plan, smallest_weights
+from edgeinfer.onnx.plan import Block, OnnxPlan, make_plan
 from edgeinfer.onnx.prepare import Prepared
 from edgeinfer.onnx.providers import Choice
 from edgeinfer.onnx.stages import Stages, blocks_of
@@ -23,6 +23,7 @@ from edgeinfer.remembered import remembered
 
 _MIB = 1 << 20
 _SLACK = 6 * _MIB  # what comes and goes: allocator fragments, thread stacks, Python objects
+_LEAST_ACTIVATIONS = 8 * _MIB  # what any input is given room for
 _SESSION_BYTES = 3 * _MIB // 4  # of one stage, besides its graph; measured
 
 Shapes = tuple[tuple[int, ...], ...]
@@ -44,12 +45,14 @@ class StagedModel:
         self._entry = entry
         self._budget = budget_bytes
         self._choice = choice
-        self._reason = f"The model runs in one stage: {prepared.single_reason}." if prepared.single_reason else ""
+        self._reason = (
+            f"The model runs in one stage: {prepared.single_reason}." if prepared.single_reason else ""
+        )
         self._key = f"{entry.folder.name} {threads}"
         blocks = blocks_of(prepared)
         overhead = _expected_overhead(entry.folder, prepared, blocks)
         self.plan = self._make_plan(blocks, len(prepared.stages), overhead, measuring=True)
-        most = budget_bytes - sum(overhead.values()) - smallest_weights(blocks)
+        most = budget_bytes - self.plan.ledger.total + _LEAST_ACTIVATIONS  # for activations
         self._stages = Stages(path, entry.folder, prepared, threads, most, progress)
         try:
             self._overhead = _held_now(overhead, blocks)
@@ -63,18 +66,33 @@ class StagedModel:
     def run(self, feeds: Mapping[str, np.ndarray], wanted: Sequence[str]) -> dict[str, np.ndarray]:
         """The `wanted` outputs by name. Raises BudgetError where the input needs more than the budget leaves."""
         shapes = tuple(feeds[name].shape for name in sorted(feeds))
-        if not any(_covers(known, shapes) for known in self._activations):
-            measured: list[dict[str, np.ndarray]] = []
-
-            def measure() -> int:
-                nbytes, results = self._measure(feeds, wanted)
-                measured.append(results)
-                return nbytes
-
-            self._activations[shapes] = remembered(f"onnx activations {self._key} {shapes}", measure, kind=int)
+        if any(_covers(known, shapes) for known in self._activations):
+            return self._run(feeds, wanted)
+        try:
+            results = self._run_first(shapes, feeds, wanted)
+            self._stages.wake_touched()
             self.plan = self._plan(measuring=False)
-            if measured:
-                return measured[0]
+        except BudgetError:
+            self._activations.pop(shapes, None)  # smaller inputs may still fit
+            raise
+        return results
+
+    def _run_first(
+        self, shapes: Shapes, feeds: Mapping[str, np.ndarray], wanted: Sequence[str]
+    ) -> dict[str, np.ndarray]:
+        """A pass with inputs that are larger than those before, which tells what they take, unless that is kept."""
+        measured: list[dict[str, np.ndarray]] = []
+
+        def measure() -> int:
+            nbytes, results = self._measure(feeds, wanted)
+            measured.append(results)
+            return nbytes
+
+        key = f"onnx activations {self._key} {shapes}"
+        self._activations[shapes] = remembered(key, measure, kind=int)
+        if measured:
+            return measured[0]
+        self.plan = self._plan(measuring=False)
         return self._run(feeds, wanted)
 
     def _run(self, feeds: Mapping[str, np.ndarray], wanted: Sequence[str]) -> dict[str, np.ndarray]:
@@ -92,16 +110,21 @@ class StagedModel:
             self._stages.arm(self.plan)
             self._armed = self.plan
 
-    def _measure(self, feeds: Mapping[str, np.ndarray], wanted: Sequence[str]) -> tuple[int, dict[str, np.ndarray]]:
+    def _measure(
+        self, feeds: Mapping[str, np.ndarray], wanted: Sequence[str]
+    ) -> tuple[int, dict[str, np.ndarray]]:
         """(bytes besides what was there before and the weights, outputs) of a pass that keeps as little as it can."""
         self.plan = self._plan(measuring=True)
         self._arm()  # what was kept before is gone
-        before = sum(self._overhead.values()) - self._overhead["load_peak"]
+        before = self._overhead["interpreter"] + self._overhead["sessions"]
         reset_peak()
         results = self._run(feeds, wanted)
         entries = self.plan.ledger.entries
         peak = process_memory().peak_rss_bytes
-        return max(0, peak - before - entries["resident_weights"] - entries["ring"]), results
+        taken = max(0, peak - before - entries["resident_weights"] - entries["ring"])
+        return taken + sum(
+            array.nbytes for array in results.values()
+        ), results  # the caller may keep the last ones
 
     def _too_large(self, feeds: Mapping[str, np.ndarray]) -> BudgetError:
         shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in feeds.items())
@@ -111,7 +134,7 @@ class StagedModel:
         )
 
     def _plan(self, measuring: bool) -> OnnxPlan:
-        activations = 0 if measuring else max(self._activations.values())
+        activations = _LEAST_ACTIVATIONS if measuring else max(self._activations.values())
         overhead = dict(self._overhead, activations=activations)
         return self._make_plan(self._stages.blocks, self._stages.num_stages, overhead, measuring)
 
@@ -137,7 +160,8 @@ class StagedModel:
 def _covers(known: Shapes, shapes: Shapes) -> bool:
     """Whether inputs of `shapes` need no more than those of `known` did."""
     return len(known) == len(shapes) and all(
-        len(one) == len(other) and all(a >= b for a, b in zip(one, other)) for one, other in zip(known, shapes)
+        len(one) == len(other) and all(a >= b for a, b in zip(one, other))
+        for one, other in zip(known, shapes)
     )
 
 
@@ -147,6 +171,7 @@ def _expected_overhead(folder: Path, prepared: Prepared, blocks: Sequence[Block]
     return {
         "interpreter": process_memory().rss_bytes,
         "sessions": 3 * graphs + _SESSION_BYTES * len(prepared.stages),
+        "activations": _LEAST_ACTIVATIONS,
         "load_peak": _load_peak(blocks),
     }
 

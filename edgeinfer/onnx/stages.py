@@ -7,10 +7,10 @@ are moved to its address for the time of its stage, and back.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import abc
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,13 @@ import onnxruntime as ort
 
 from edgeinfer import _native
 from edgeinfer.errors import EngineError, ReadError
+from edgeinfer.onnx.homes import Mapping, drop, give_back_memory, is_touched
 from edgeinfer.onnx.plan import CHUNK_BYTES, READING_THREADS, Block, OnnxPlan
 from edgeinfer.onnx.prepare import Prepared
 from edgeinfer.onnx.runtime import explained
 from edgeinfer.onnx.stage_files import StageFiles, open_stage, page_ranges
 
-_RESIDENT, _STREAMED = 0, 1
+_RESIDENT, _STREAMED, _ROWS = 0, 1, 2  # block_kind of native/pager.h
 _one_load = threading.Lock()  # mappings of a session are told from others by what was there before
 
 
@@ -46,14 +47,14 @@ class Stages:
         self._last_use = _last_uses(prepared.stages)
         self._pager: _native.Pager | None = None
         self._ring: _native.Arena | None = None
-        self._resident: list[Block] = []
+        self._plan: OnnxPlan | None = None
+        self._idle: list[Block] = []
         self._read_before: dict[str, float] = {}
         self.blocks = blocks_of(prepared)
         self.num_stages = len(prepared.stages)
-        self._streamed: frozenset[str] = frozenset()
-        self._by_stage: list[list[tuple[int, Block]]] = [[] for _ in prepared.stages]
-        for number, block in enumerate(self.blocks):
-            self._by_stage[block.stage].append((number, block))
+        self._stages_with_data = [number for number, files in enumerate(prepared.stages) if files.data_bytes]
+        self._by_stage: list[list[tuple[int, Block]]] = []  # of each stage: numbers of its blocks, and those
+        self._tables: list[list[tuple[int, Block]]] = []
         with _one_load:
             _share_arena(activation_bytes)
             for number, files in enumerate(prepared.stages):
@@ -66,43 +67,64 @@ class Stages:
         with explained(self._path):
             session, found = open_stage(self._folder, files, threads)
         if page_ranges(found) != files.ranges:
-            raise StaleEntry(f"stage {number} of {self._path} does not use its prepared weights as it did")
+            raise StaleEntry(f"stage {number} does not use its prepared weights as it did")
         self._sessions.append(session)
-        for (_, block), mapping in zip(self._by_stage[number], found):
+        for mapping in found:
+            block = Block(f"{number}:{mapping.offset}", number, mapping.offset, mapping.nbytes)
             self._homes[block.name] = mapping.address
-            _native.guard_pages(mapping.address, mapping.nbytes)
+            if mapping.offset in files.idle:
+                drop(mapping)
+                self._idle.append(block)
+            else:
+                _native.guard_pages(mapping.address, mapping.nbytes)
+
+    def wake_touched(self) -> bool:
+        """Weights that were thought idle and were read by a pass become blocks like others; True where there were some."""
+        woken = [block for block in self._idle if _is_touched(self._homes[block.name], block)]
+        if not woken:
+            return False
+        self._disarm()
+        for block in woken:
+            self._idle.remove(block)
+            _native.guard_pages(self._homes[block.name], block.nbytes)
+        self.blocks = sorted([*self.blocks, *woken], key=lambda block: (block.stage, block.offset))
+        return True
 
     def arm(self, plan: OnnxPlan) -> None:
         """From now on keep and stream as `plan` says; what was in memory is dropped."""
         self._disarm()
-        self._resident = [block for block in self.blocks if block.name in plan.resident]
-        for block in self._resident:
-            _native.open_pages(self._homes[block.name], block.nbytes)
-        self._streamed = plan.streamed
-        if not self.blocks:
+        self._plan = plan
+        self._by_stage = [[] for _ in self._files]
+        self._tables = [[] for _ in self._files]
+        described, order = [], []
+        for number, block in enumerate(self.blocks):
+            described.append(self._describe(block, plan))
+            if block.name in plan.rows:
+                self._tables[block.stage].append((number, block))
+                continue
+            order.append(number)
+            self._by_stage[block.stage].append((number, block))
+            if block.name in plan.resident:
+                _native.open_pages(self._homes[block.name], block.nbytes)
+        if not described:
             return
         self._ring = _native.Arena(plan.ring_bytes) if plan.ring_bytes else None
-        data = [self._folder / files.data for files in self._files]
-        used = sorted({block.stage for block in self.blocks})
-        blocks = [
-            (
-                used.index(block.stage),
-                _STREAMED if block.name in plan.streamed else _RESIDENT,
-                block.offset,
-                min(block.nbytes, data[block.stage].stat().st_size - block.offset),
-                0 if block.name in plan.streamed else self._homes[block.name],
-            )
-            for block in self.blocks
-        ]
+        sources = [(str(self._folder / self._files[stage].data), True) for stage in self._stages_with_data]
         self._pager = self._checked(
-            _native.Pager,
-            [(str(data[stage]), True) for stage in used],
-            blocks,
-            list(range(len(blocks))),
-            self._ring,
-            CHUNK_BYTES,
-            READING_THREADS,
+            _native.Pager, sources, described, order, self._ring, CHUNK_BYTES, READING_THREADS
         )
+
+    def _describe(self, block: Block, plan: OnnxPlan) -> tuple[int, int, int, int, int]:
+        """(source, kind, offset, bytes, home) for the pager."""
+        source, home = self._stages_with_data.index(block.stage), self._homes[block.name]
+        if block.name in plan.rows:
+            table = block.table
+            return source, _ROWS, table.offset, table.nbytes, home + table.offset - block.offset
+        nbytes = min(
+            block.nbytes, self._files[block.stage].data_bytes - block.offset
+        )  # the last page may end early
+        kind = _STREAMED if block.name in plan.streamed else _RESIDENT
+        return source, kind, block.offset, nbytes, home
 
     def _disarm(self) -> None:
         pager, self._pager = self._pager, None
@@ -110,11 +132,12 @@ class Stages:
             self._count(pager)
             pager.close()
         self._ring = None
-        for block in self._resident:
-            _native.guard_pages(self._homes[block.name], block.nbytes)
-        self._resident = []
+        for block in self.blocks:
+            if self._plan is not None and block.name not in self._plan.streamed:
+                _native.guard_pages(self._homes[block.name], block.nbytes)
+        self._plan = None
 
-    def run(self, feeds: Mapping[str, np.ndarray], wanted: Sequence[str]) -> dict[str, np.ndarray]:
+    def run(self, feeds: abc.Mapping[str, np.ndarray], wanted: Sequence[str]) -> dict[str, np.ndarray]:
         """The `wanted` outputs. Raises ReadError, EngineError, BudgetError by way of ONNX Runtime's words."""
         values = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in feeds.items()}
         results: dict[str, np.ndarray] = {name: feeds[name].copy() for name in wanted if name in feeds}
@@ -122,7 +145,7 @@ class Stages:
             self._checked(self._pager.begin_pass)
         try:
             for number, (session, files) in enumerate(zip(self._sessions, self._files)):
-                with self._brought_in(number), explained(self._path):
+                with self._brought_in(number, values), explained(self._path):
                     inputs = {name: values[name] for name in files.inputs}
                     outputs = session.run_with_ort_values(list(files.outputs), inputs)
                 values.update(zip(files.outputs, outputs))
@@ -136,13 +159,21 @@ class Stages:
         return {name: results[name] for name in wanted}
 
     @contextmanager
-    def _brought_in(self, number: int) -> Iterator[None]:
+    def _brought_in(self, number: int, values: abc.Mapping[str, ort.OrtValue]) -> Iterator[None]:
         """Inside, the weights of stage `number` are where its session wants them."""
+        if self._pager is None:
+            yield
+            return
         moved: list[tuple[int, int, int]] = []
+        opened: list[int] = []
         try:
+            for block_number, block in self._tables[number]:
+                rows = _rows(block, values[block.table.indices])
+                opened.append(block_number)
+                self._checked(self._pager.open_rows, block_number, block.table.row_bytes, rows)
             for block_number, block in self._by_stage[number]:
                 address = self._checked(self._pager.acquire, block_number)
-                if block.name in self._streamed:
+                if block.name in self._plan.streamed:
                     home = self._homes[block.name]
                     _native.move_pages(address, home, block.nbytes, False)
                     moved.append((home, address, block.nbytes))
@@ -150,8 +181,9 @@ class Stages:
         finally:
             for home, address, nbytes in moved:
                 _native.move_pages(home, address, nbytes, True)
-            if self._pager is not None:
-                self._pager.release()
+            self._pager.release()
+            for block_number in opened:
+                self._pager.close_rows(block_number)
 
     def read_pass(self) -> int:
         """Read what one pass streams and compute nothing: how fast the disk alone would be. Gives the bytes."""
@@ -197,12 +229,32 @@ class StaleEntry(EngineError):
 
 
 def blocks_of(prepared: Prepared) -> list[Block]:
-    """The blocks of all stages, in order of use."""
-    return [
-        Block(f"{number}:{offset}", number, offset, nbytes)
-        for number, files in enumerate(prepared.stages)
-        for offset, nbytes in files.ranges
-    ]
+    """The blocks of all stages, in order of use; not what is most likely idle."""
+    found = []
+    for number, files in enumerate(prepared.stages):
+        for offset, nbytes in files.ranges:
+            tables = [table for table in files.tables if offset <= table.offset < offset + nbytes]
+            if offset not in files.idle:
+                found.append(
+                    Block(f"{number}:{offset}", number, offset, nbytes, tables[0] if tables else None)
+                )
+    return found
+
+
+def _rows(block: Block, indices: ort.OrtValue) -> np.ndarray:
+    """The rows that `indices` look up; those outside are for ONNX Runtime to refuse."""
+    table = block.table
+    num_rows = table.nbytes // table.row_bytes
+    wanted = np.unique(indices.numpy().astype(np.int64, copy=False))
+    wanted = np.where(wanted < 0, wanted + num_rows, wanted)
+    return wanted[(wanted >= 0) & (wanted < num_rows)].astype(np.int32)
+
+
+def _is_touched(address: int, block: Block) -> bool:
+    try:
+        return is_touched(Mapping(address, block.offset, block.nbytes))
+    except OSError:  # not told here: it might be
+        return True
 
 
 def _last_uses(stages: Sequence[StageFiles]) -> dict[str, int]:
@@ -218,11 +270,3 @@ def _share_arena(most_bytes: int) -> None:
     # Regions that double: chunks of many sizes find their place again in them, and only what is used is touched.
     settings = {"max_mem": most_bytes, "arena_extend_strategy": 0, "initial_chunk_size_bytes": 1 << 20}
     ort.create_and_register_allocator(where, ort.OrtArenaCfg(settings))
-
-
-def give_back_memory() -> None:
-    """What was freed while a session was made goes back to the system; the next one would not find it all again."""
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-    except (OSError, AttributeError):  # another C library
-        pass

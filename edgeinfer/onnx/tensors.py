@@ -20,7 +20,10 @@ TYPES = {
     23: ("float4e2m1", 4), 24: ("float8e8m0", 8), 25: ("uint2", 2), 26: ("int2", 2),
 }  # fmt: skip
 _NAME, _RAW, _EXTERNAL, _LOCATION = 8, 9, 13, 14
-_LITTLE_ENDIAN_ARRAYS = {4: 1, 10: 11}  # field with packed floats or doubles -> data type whose raw bytes they are
+_LITTLE_ENDIAN_ARRAYS = {
+    4: 1,
+    10: 11,
+}  # field with packed floats or doubles -> data type whose raw bytes they are
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,9 @@ class StoredTensor:
         return math.prod(self.shape)
 
 
-def read_tensor(data: memoryview, start: int, end: int, model: Path, locate: Callable[[str, str], Path]) -> StoredTensor:
+def read_tensor(
+    data: memoryview, start: int, end: int, model: Path, locate: Callable[[str, str], Path]
+) -> StoredTensor:
     """The TensorProto in data[start:end] of the file `model`. `locate(location, name)` gives the path of external data.
 
     ModelFileError where bytes are missing, too few or too many.
@@ -63,7 +68,9 @@ def read_tensor(data: memoryview, start: int, end: int, model: Path, locate: Cal
         elif field.number == _LOCATION and field.kind == VARINT:
             is_external = field.number_value == 1
     if type_number not in TYPES or any(size < 0 for size in shape):
-        raise ModelFileError(f"{model}: tensor {name!r} has the unknown type {type_number} or a negative size: {shape}.")
+        raise ModelFileError(
+            f"{model}: tensor {name!r} has the unknown type {type_number} or a negative size: {shape}."
+        )
     type_name, bits = TYPES[type_number]
     nbytes = -(-math.prod(shape) * bits // 8)
     if is_external:

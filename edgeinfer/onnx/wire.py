@@ -47,7 +47,9 @@ def fields(data: memoryview, start: int, end: int) -> Iterator[Field]:
         else:
             raise WireError(f"a field of unknown kind {kind} at byte {begins}")
         if at > end:
-            raise WireError(f"a field at byte {begins} that ends at byte {at}, beyond its message's end at {end}")
+            raise WireError(
+                f"a field at byte {begins} that ends at byte {at}, beyond its message's end at {end}"
+            )
         yield Field(number, kind, value, first, at, begins)
 
 
