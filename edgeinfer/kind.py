@@ -20,7 +20,8 @@ def model_kind(path: str | os.PathLike) -> str:
 
 
 def _begins_as_onnx(start: bytes) -> bool:
-    """Whether it begins with the version that every writer of ONNX puts first, or with short fields and a graph."""
+    """Whether it begins with the version that every writer of ONNX puts first, or with short fields and then
+    a graph."""
     if len(start) >= 2 and start[0] == _IR_VERSION:
         return start[1] <= _MOST_IR_VERSION
     at = 0

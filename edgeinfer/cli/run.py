@@ -76,7 +76,7 @@ def _finite(_ctx: click.Context, _param: click.Parameter, value: float) -> float
 @click.option("--ctx", metavar="N", type=click.IntRange(1, 2**31 - 1), help="Tokens of context.")
 @click.option("--threads", metavar="N", type=click.IntRange(1, 512), help="Computing threads.")
 @click.option(
-    "--input", "given", metavar="[NAME=]FILE", multiple=True, help=f"{_ONNX} arrays, picture, sound, number, -."
+    "--input", "given", metavar="[NAME=]FILE", multiple=True, help=f"{_ONNX} array, picture, sound, number."
 )
 @click.option("-o", "--output", metavar="OUT", help=f"{_ONNX} write a .npz, .json, .png, .jpg or .wav file.")
 @click.option("--form", metavar="NAME", help=f"{_ONNX} what inputs and outputs mean, or a JSON file of it.")
@@ -159,7 +159,7 @@ def _run_onnx(
     from edgeinfer.cli.run_onnx import OnnxRequest, run_onnx
     from edgeinfer.inputs import InputOptions
 
-    taken = {name: options.pop(name) for name in ("resize", "normalize", "resample")}
+    taken = {name: options.pop(name) for name in ("resize", "normalize")}
     options["top"] = options["top"] or 5
     feeding = InputOptions(**taken, text=prompt)
     run_onnx(OnnxRequest(model, options=feeding, memory=memory, threads=threads, as_json=as_json, **options))

@@ -40,6 +40,7 @@ class OnnxRequest:
     threshold: float | None = None
     form: str | None = None
     options: InputOptions = InputOptions()
+    resample: bool = False
     memory: str | None = None
     threads: int | None = None
     provider: str | None = None
@@ -111,11 +112,12 @@ def _whole_sound(inputs: Sequence[Port], form: Form | None, request: OnnxRequest
 def _run_sound(model: Any, form: Form, name: str, request: OnnxRequest) -> _Result:
     """All steps of a sound; the outputs are stacked: [steps, ...]."""
     from edgeinfer.streams.model_stream import ModelStream
-    from edgeinfer.streams.sources import wav_source
+    from edgeinfer.streams.sources import offered_rate, wav_source
 
-    stream = ModelStream(model, form)
+    rate = offered_rate(name)
+    stream = ModelStream(model, form, rate=rate if form.framing.takes(rate) else None)
     steps = []
-    for samples in wav_source(name, stream.rate, stream.rate, request.options.resample):
+    for samples in wav_source(name, stream.rate, stream.rate, request.resample):
         steps += stream.feed(samples)
     steps += stream.finish()
     names = steps[0].outputs if steps else ()

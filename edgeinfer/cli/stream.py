@@ -83,6 +83,7 @@ def stream(model: str, source: str, output: str | None, as_json: bool, **options
     """
     from edgeinfer.streams.pipeline import open_pipeline
     from edgeinfer.streams.running import run_pipeline
+    from edgeinfer.streams.sources import offered_rate
 
     if output not in (None, "-") and Path(output).suffix.lower() not in RESULTS:
         raise InputError(f"-o {output}: expected a name that ends in {', '.join(RESULTS)}, or -.")
@@ -91,7 +92,8 @@ def stream(model: str, source: str, output: str | None, as_json: bool, **options
     live = options["realtime"] or source == "-"
     with ProgressLine("Preparing the models"):
         names = ("memory", "threads", "provider")
-        pipeline = open_pipeline(stages, say=say, **{name: options[name] for name in names})
+        rate = offered_rate(source)
+        pipeline = open_pipeline(stages, rate=rate, say=say, **{name: options[name] for name in names})
     interrupted = False
     with pipeline, target as part:
         pieces = _source(source, pipeline, options)
@@ -106,7 +108,7 @@ def stream(model: str, source: str, output: str | None, as_json: bool, **options
                 if not error.args:
                     raise
                 report, interrupted = error.args[0], True
-    click.echo(json.dumps(asdict(report)) if as_json else report.line(), err=not as_json)
+    click.echo(json.dumps(asdict(report)) if as_json else report.line(), err=output == "-" or not as_json)
     if interrupted:
         raise KeyboardInterrupt
 
@@ -165,11 +167,7 @@ def _source(source: str, pipeline: Any, options: dict[str, Any]) -> Iterable[Any
             if options["realtime"]
             else pieces
         )
-    raw = sources.parse_raw(options["raw"] or "s16", pipeline.rate)
-    pieces = sources.raw_sound_source(raw, max(1, piece * raw.rate // pipeline.rate))
-    if sources.check_rate(raw.rate, pipeline.rate, "Standard input", options["resample"]):
-        pieces = sources.resampled(pieces, raw.rate, pipeline.rate)
-    return pieces
+    return sources.piped_sound_source(options["raw"], pipeline.rate, piece, options["resample"])
 
 
 def _frames(source: str, first: Any, options: dict[str, Any]) -> Iterator[Any]:

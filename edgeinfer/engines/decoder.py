@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
+from onnxruntime import OrtValue
 
 from edgeinfer.budget import format_size
 from edgeinfer.engines.kv_cache import GrowingCache, SharedCache, cache_bytes
@@ -23,6 +24,9 @@ from edgeinfer.streams.state import find_state
 DEFAULT_CONTEXT = 4096
 _LOGITS_BYTES = 32 << 20  # of one batch of a prompt
 _KNOWN = ("input_ids", "attention_mask", "position_ids")
+_LAST_ONLY = (
+    "num_logits_to_keep"  # an input with a default, of files that edgeinfer and onnxruntime-genai export
+)
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ class DecoderEngine:
         self._check_inputs(path)
         self._logits = next((port for port in model.outputs if port.name == "logits"), model.outputs[0])
         size = self._logits.shape[-1]
-        self.model = TextVocabulary(path, size if isinstance(size, int) else None)
+        self.model = TextVocabulary(path, size if isinstance(size, int) else None, model.metadata)
         trained = self.model.train_context or DEFAULT_CONTEXT
         self.context_length = context_length or min(trained, DEFAULT_CONTEXT)
         caches = [port for port in model.inputs if port.name in self._pairs]
@@ -75,7 +79,10 @@ class DecoderEngine:
             else GrowingCache(caches, self._pairs)
         )
         self.in_place = in_place
-        self.ubatch = max(1, min(512, _LOGITS_BYTES // (4 * (size if isinstance(size, int) else 32768))))
+        self._last_only = _LAST_ONLY in [each.name for each in self._session.get_overridable_initializers()]
+        self._one = OrtValue.ortvalue_from_numpy(np.array(1))
+        row = 4 * (size if isinstance(size, int) else 32768)
+        self.ubatch = 512 if self._last_only else max(1, min(512, _LOGITS_BYTES // row))
         self.position = 0
         self.logits = np.zeros(0, np.float32)
         self._load_seconds = time.perf_counter() - started
@@ -149,6 +156,8 @@ class DecoderEngine:
         binding = self._session.io_binding()
         for port in self._inputs:
             binding.bind_cpu_input(port.name, feeds[port.name].astype(port.dtype))
+        if self._last_only:
+            binding.bind_ortvalue_input(_LAST_ONLY, self._one)
         binding.bind_output(self._logits.name)
         self._cache.bind(binding)
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -30,11 +31,17 @@ class TextVocabulary:
     Raises InputError where tokenizer.json is missing or broken.
     """
 
-    def __init__(self, model_path: Path, vocabulary_size: int | None):
+    def __init__(
+        self, model_path: Path, vocabulary_size: int | None, metadata: Mapping[str, str] | None = None
+    ):
         self._folder = model_path.parent
         self._tokenizer = open_tokenizer(model_path)
         self._size = vocabulary_size
-        self._config = {**self._json("config.json"), **self._json("generation_config.json")}
+        self._config = {
+            **_stated(metadata or {}),
+            **self._json("config.json"),
+            **self._json("generation_config.json"),
+        }
         self._settings = self._json("tokenizer_config.json")
         described = self._json("tokenizer.json")
         self._byte_level = '"ByteLevel"' in json.dumps(
@@ -125,6 +132,17 @@ class TextVocabulary:
 
     def close(self) -> None:
         """Nothing is open."""
+
+
+def _stated(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """What an exported model says of itself, under config.json's names."""
+    found: dict[str, Any] = {}
+    for key, name in (("context_length", "max_position_embeddings"), ("eos_token_id", "eos_token_id")):
+        try:
+            found[name] = json.loads(metadata[f"edgeinfer.{key}"])
+        except (KeyError, ValueError):
+            continue
+    return found
 
 
 _ALPHABET = _byte_alphabet()

@@ -184,6 +184,10 @@ class Framing:
         if self.kind == "samples" and self.window != self.hop:
             raise ValueError(f"expected a hop of {self.window}, the window, for samples, got {self.hop}")
 
+    def takes(self, rate: int | None) -> bool:
+        """Whether the model takes sound of so many samples a second."""
+        return rate == self.rate or str(rate) in self.rates
+
 
 @dataclass(frozen=True)
 class Form:

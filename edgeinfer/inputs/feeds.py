@@ -14,7 +14,7 @@ from edgeinfer.errors import InputError
 from edgeinfer.forms.form import Form, PictureInput
 from edgeinfer.inputs.arrays import read_npy, read_npz, read_number
 from edgeinfer.inputs.files import kind_of, open_input
-from edgeinfer.inputs.sound import check_rate, read_wav, resampler
+from edgeinfer.inputs.sound import read_wav
 from edgeinfer.inputs.text import bytes_input, is_text_model, open_tokenizer, text_feeds
 from edgeinfer.onnx.ports import Port
 from edgeinfer.streams.state import find_state, zero_state
@@ -27,7 +27,6 @@ class InputOptions:
 
     resize: str | None = None
     normalize: str | None = None
-    resample: bool = False
     text: str | None = None
 
 
@@ -174,10 +173,13 @@ class _Gatherer:
             raise InputError(
                 f"{name} is a sound, but input {port.name!r} is {port.describe()}, which takes none."
             )
-        samples, rate = read_wav(file, name)
-        wanted = self._form.framing.rate if self._form and self._form.framing else rate
-        if check_rate(rate, wanted, name, self._options.resample):
-            samples = resampler(rate, wanted).resample_chunk(samples, last=True)
+        if self._form and self._form.framing:
+            raise InputError(
+                f"{name} is a sound, which goes through this model in steps. Name its file as the only "
+                "--input, or use "
+                "edgeinfer stream."
+            )
+        samples, _ = read_wav(file, name)
         return samples.astype(port.dtype).reshape([1] * (len(port.shape) - 1) + [len(samples)])
 
     def _plain(self, port: Port, file: BinaryIO, name: str) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 from pathlib import Path
 from typing import BinaryIO
@@ -33,10 +34,38 @@ def open_input(name: str) -> BinaryIO:
         raise InputError(f"The input file {name} cannot be read: {error.strerror}.") from error
 
 
-def standard_input() -> BinaryIO:
+def standard_input() -> Pipe:
     if sys.stdin is None:
         raise InputError("There is no standard input to read. Name a file instead of -.")
-    return sys.stdin.buffer
+    return Pipe(sys.stdin.fileno())
+
+
+class Pipe:
+    """Reads a file descriptor without a lock, so that a thread may still wait in it when the process ends."""
+
+    def __init__(self, descriptor: int):
+        self._descriptor = descriptor
+        self._held = b""
+
+    def peek(self, size: int) -> bytes:
+        """The next `size` bytes, fewer at the end; they are read again."""
+        while len(self._held) < size and (data := os.read(self._descriptor, size - len(self._held))):
+            self._held += data
+        return self._held[:size]
+
+    def read(self, size: int = -1) -> bytes:
+        """`size` bytes, fewer at the end; all that is left for -1."""
+        parts, left = [], size
+        while left:
+            data = self._held or os.read(self._descriptor, 1 << 20 if size < 0 else left)
+            self._held = b""
+            if not data:
+                break
+            if size >= 0 and len(data) > left:
+                data, self._held = data[:left], data[left:]
+            parts.append(data)
+            left -= len(data) if size >= 0 else 0
+        return b"".join(parts)
 
 
 def kind_of(file: BinaryIO) -> str:

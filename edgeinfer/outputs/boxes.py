@@ -41,7 +41,8 @@ def find_boxes(
     boxes, scores = decode(outputs, form, placement.size)
     best = scores.argmax(axis=1) if scores.size else np.zeros(0, int)
     top = scores[np.arange(len(best)), best]
-    kept = np.flatnonzero(top >= (form.threshold if threshold is None else threshold))
+    least = form.threshold if threshold is None else threshold
+    kept = np.flatnonzero((top >= least) & np.isfinite(boxes).all(axis=1))
     kept = kept[np.argsort(-top[kept], kind="stable")][:MOST]
     kept = kept[drop_overlapping(boxes[kept], best[kept], form.overlap)]
     corners = placement.to_picture(boxes[kept])

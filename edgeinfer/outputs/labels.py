@@ -33,7 +33,8 @@ def find_labels(
     if path is not None:
         return read_labels(Path(path), None)
     for name in _IN_METADATA:
-        if name in metadata and (labels := _parse(metadata[name], None)):
+        listed = "\n" in metadata.get(name, "") or metadata.get(name, "").lstrip()[:1] in ("{", "[")
+        if listed and (labels := _parse(metadata[name], None)):
             return labels
     beside = [model_path.parent / name for name in ((own,) if own else ()) + _BESIDE]
     found = next((file for file in beside if file.is_file()), None)

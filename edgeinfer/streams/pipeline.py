@@ -17,7 +17,6 @@ from edgeinfer.streams.description import GateDescription, StageDescription, che
 from edgeinfer.streams.gate import Gate
 from edgeinfer.streams.model_stream import ModelStream, Step
 
-
 SMALL_MODEL_BYTES = 8 << 20
 
 
@@ -208,9 +207,9 @@ def open_pipeline(
     provider: str | None = None,
     say: Callable[[str], None] | None = None,
 ) -> Pipeline:
-    """Open the models of `stages`, in order. See edgeinfer.engines.onnx.open_onnx for the options; models
-    that are small compute on one thread unless `threads` says otherwise. Raises ModelFileError, BudgetError,
-    InputError."""
+    """Open the models of `stages`, in order. `rate`: that of the sound, for models that take several. See
+    edgeinfer.engines.onnx.open_onnx for the options; models that are small compute on one thread unless
+    `threads` says otherwise. Raises ModelFileError, BudgetError, InputError."""
     from edgeinfer.engines.onnx import open_onnx
 
     try:
@@ -224,7 +223,8 @@ def open_pipeline(
             model = opened.enter_context(open_onnx(stage.model, say=say, **options))
             form = read_form(stage.form) if stage.form else find_form(model.inputs, model.outputs)
             reader = Reader(model, form, Path(stage.model))
-            made.append((stage, ModelStream(model, form, stage.state, rate), reader))
+            wish = rate if form and form.framing and form.framing.takes(rate) else None
+            made.append((stage, ModelStream(model, form, stage.state, wish), reader))
         pipeline = Pipeline(made)
         opened.pop_all()
         return pipeline

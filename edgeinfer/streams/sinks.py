@@ -35,6 +35,7 @@ class WavSink:
                 "None of the models makes sound, so there is nothing for a .wav file. Give -o a .jsonl or "
                 ".npz."
             )
+        self._pipeline = pipeline
         self._file = wave.open(str(path), "wb")
         self._file.setnchannels(1)
         self._file.setsampwidth(2)
@@ -42,6 +43,7 @@ class WavSink:
 
     def take(self, _steps: list[StageStep]) -> None:
         self._file.writeframesraw(pcm16(self._stream.take_sound()))
+        _forget_sound(self._pipeline)
 
     def close(self) -> None:
         self._file.close()
@@ -166,6 +168,7 @@ class NpzSink:
                 self._arrays.setdefault(self._name(found.name, name), []).append(array)
         if self._pipeline.sound_source is not None:
             self._sound.append(self._pipeline.sound_source.take_sound())
+            _forget_sound(self._pipeline)
 
     def _name(self, stage: str, output: str) -> str:
         return output if len(self._pipeline.streams) == 1 else f"{stage}.{output}"

@@ -24,6 +24,7 @@ from edgeinfer.onnx.ports import Port
 
 PIECE_SECONDS = 0.032  # of a live stream; what is not live is read in larger pieces, which cost less
 FAST_PIECE_SECONDS = 0.256
+_ENDLESS = 0x7FFFF000  # what programs that write a WAV file into a pipe say of its length
 _PICTURES = (".png", ".jpg", ".jpeg")
 
 
@@ -61,11 +62,34 @@ def _closing(pieces: Iterable[np.ndarray], file: BinaryIO) -> Iterator[np.ndarra
         yield from pieces
 
 
-def raw_sound_source(encoding: SoundFormat, piece: int, name: str = "standard input") -> Iterator[np.ndarray]:
-    """Samples without a header, from standard input, as they come. InputError where it ends in the middle of
-    one."""
-    for data in _blocks(standard_input(), piece * encoding.frame_bytes, encoding.frame_bytes, name, "sample"):
-        yield decode_samples(data, encoding.encoding, encoding.channels)
+def piped_sound_source(raw: str | None, rate: int, piece: int, resample: bool) -> Iterator[np.ndarray]:
+    """Sound from standard input as it comes: a WAV file, or samples that `raw` describes (see `parse_raw`;
+    None: 16 bits at the model's rate). InputError where it ends in the middle of a sample."""
+    pipe, name = standard_input(), "standard input"
+    header = None
+    if raw is None and pipe.peek(4) == b"RIFF":
+        header = read_header(pipe, name)
+    form = header.format if header else parse_raw(raw or "s16", rate)
+    change = check_rate(form.rate, rate, "Standard input", resample)
+    samples = max(1, piece * form.rate // rate)
+    if header and 0 < header.nbytes < _ENDLESS:
+        pieces = read_pieces(pipe, header, samples)
+    else:
+        pieces = _raw_pieces(pipe, form, samples, name)
+    return resampled(pieces, form.rate, rate) if change else pieces
+
+
+def _raw_pieces(file: BinaryIO, form: SoundFormat, samples: int, name: str) -> Iterator[np.ndarray]:
+    for data in _blocks(file, samples * form.frame_bytes, form.frame_bytes, name, "sample"):
+        yield decode_samples(data, form.encoding, form.channels)
+
+
+def offered_rate(source: str) -> int | None:
+    """Samples a second of a WAV file; None for anything else."""
+    if source == "-" or not Path(source).is_file():
+        return None
+    with open_input(source) as file:
+        return read_header(file, source).format.rate if kind_of(file) == "sound" else None
 
 
 def frame_source(port: Port, name: str = "standard input") -> Iterator[np.ndarray]:

@@ -1,4 +1,5 @@
-"""What these tests share: the real models, small made ones, sounds, and a bare ONNX Runtime loop as the reference."""
+"""What these tests share: the real models, small made ones, sounds, and a bare ONNX Runtime loop as the
+reference."""
 
 import os
 import subprocess

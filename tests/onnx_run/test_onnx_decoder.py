@@ -1,8 +1,10 @@
-"""ONNX decoders write through the same interface as GGUF models; the reference is transformers on the same weights."""
+"""ONNX decoders write through the same interface as GGUF models; the reference is transformers on the same
+weights."""
 
 import json
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from onnx_kit import command, error_of
@@ -94,6 +96,19 @@ def test_the_cache_is_written_in_place(decoder):
         assert all(found == addresses[0] for found in addresses) and shapes == {(1, 2, CONTEXT, 16)}
     else:
         assert shapes == {(1, 2, 5, 16)}
+    engine.close()
+
+
+def test_what_the_model_says_of_itself(decoder, tmp_path):
+    """Without config.json, its metadata names the context and the end tokens."""
+    model = onnx.load(decoder)
+    for key, value in (("edgeinfer.context_length", "77"), ("edgeinfer.eos_token_id", "[1, 9]")):
+        entry = model.metadata_props.add()
+        entry.key, entry.value = key, value
+    onnx.save(model, tmp_path / "m.onnx")
+    (tmp_path / "tokenizer.json").write_bytes((decoder.parent / "tokenizer.json").read_bytes())
+    engine = open_decoder(tmp_path / "m.onnx", threads=1)
+    assert engine.context_length == 77 and engine.model.is_end(9) and not engine.model.is_end(8)
     engine.close()
 
 

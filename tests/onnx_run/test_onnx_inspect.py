@@ -1,4 +1,5 @@
-"""`edgeinfer inspect` and `plan` on ONNX files, against the onnx package and ONNX Runtime; forms that are found."""
+"""`edgeinfer inspect` and `plan` on ONNX files, against the onnx package and ONNX Runtime; forms that are
+found."""
 
 import json
 from collections import Counter

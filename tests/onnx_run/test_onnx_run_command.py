@@ -158,7 +158,8 @@ def test_labels_and_metadata(tmp_path):
 
 
 def test_boxes_of_other_forms(tmp_path):
-    """Two boxes overlap, one is of another class: in pixels of an input of 64 x 64, the picture is 640 x 800."""
+    """Two boxes overlap, one is of another class: in pixels of an input of 64 x 64, the picture is 640 x
+    800."""
     rows = np.zeros((1, 4, 85), np.float32)
     rows[0, :, :4] = [[32, 32, 16, 16], [33, 32, 16, 16], [32, 32, 16, 16], [10, 10, 4, 4]]
     rows[0, :, 4] = [0.9, 0.8, 0.7, 0.1]
@@ -263,14 +264,26 @@ BAD = {
     "a missing file": (lambda path: None, "no input file"),
     "a pickled array": (pickled, "pickled Python objects, which are never loaded"),
     "a pickle": (evil, "none of .npy, .npz, PNG, JPEG and WAV"),
-    "a cut .npy": (lambda path: path.write_bytes(b"\x93NUMPY\x01\x00v\x00{'descr': '<f4'"), "is not a .npy file"),
+    "a cut .npy": (
+        lambda path: path.write_bytes(b"\x93NUMPY\x01\x00v\x00{'descr': '<f4'"),
+        "is not a .npy file",
+    ),
     "a cut picture": (lambda path: path.write_bytes((IMAGES / "cat.png").read_bytes()[:9000]), "is broken"),
     "a cut .npz": (lambda path: path.write_bytes(b"PK\x03\x04" + bytes(40)), "is not a .npz file"),
-    "another shape": (lambda path: np.save(path, np.zeros((1, 3, 8, 8), np.float32)), "expected shape [batch, sequence, 224, 224], got [1, 3, 8, 8]"),
+    "another shape": (
+        lambda path: np.save(path, np.zeros((1, 3, 8, 8), np.float32)),
+        "expected shape [batch, sequence, 224, 224], got [1, 3, 8, 8]",
+    ),
     "another rank": (lambda path: np.save(path, np.zeros(3, np.float32)), "got [3]"),
-    "another type": (lambda path: np.save(path, np.zeros((1, 3, 224, 224))), "expected type float32, got float64"),
-    "a sound": (lambda path: write_wav(path, np.zeros(100)), "is a sound, but input 'pixel_values' is float32"),
-}  # fmt: skip
+    "another type": (
+        lambda path: np.save(path, np.zeros((1, 3, 224, 224))),
+        "expected type float32, got float64",
+    ),
+    "a sound": (
+        lambda path: write_wav(path, np.zeros(100)),
+        "is a sound, but input 'pixel_values' is float32",
+    ),
+}
 
 
 @pytest.mark.parametrize("what", BAD)
@@ -297,6 +310,7 @@ def test_bad_inputs(tmp_path, what):
         (["--input", "input=1", "-o", "out.txt"], "expected a name that ends in .npz"),
         (["--input", "input=1", "-o", "nowhere/out.npz"], "folder for the result does not exist"),
         (["-p", "hello"], "takes no text"),
+        (["--input", AUDIO / "jfk.wav", "--input", "sr=16000"], "Name its file as the only --input"),
     ],
 )
 def test_wrong_command_lines(arguments, words, tmp_path):
@@ -305,7 +319,7 @@ def test_wrong_command_lines(arguments, words, tmp_path):
 
 def test_options_of_the_other_kind_of_model():
     result = run(MODELS / "silero_vad.onnx", "-n", 5)
-    assert result.returncode == 2 and b"-n is for a GGUF model that writes" in result.stderr
+    assert result.returncode == 2 and b"-n is for a model that writes" in result.stderr
     result = command("run", "-p", "hi", "--input", "x.npy")
     assert result.returncode == 2 and b"--input is for an ONNX model; no MODEL was given" in result.stderr
 
@@ -331,7 +345,9 @@ def test_text_goes_through_the_tokenizer_beside_the_model(tmp_path):
     from tiny_decoder import write_tokenizer
 
     tokenizer = write_tokenizer(tmp_path)
-    ports = [(name, np.int64, ["batch", "tokens"]) for name in ("input_ids", "attention_mask", "token_type_ids")]
+    ports = [
+        (name, np.int64, ["batch", "tokens"]) for name in ("input_ids", "attention_mask", "token_type_ids")
+    ]
     nodes = [helper.make_node("Identity", [name], [f"{name}_out"]) for name, _, _ in ports]
     outputs = [(f"{name}_out", kind, shape) for name, kind, shape in ports]
     model = save_model(tmp_path / "m.onnx", nodes, ports, outputs)

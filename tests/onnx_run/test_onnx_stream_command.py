@@ -97,6 +97,27 @@ def test_raw_sound_from_a_pipe(tmp_path):
         np.testing.assert_array_equal(one["output"], three["output"])
 
 
+def test_a_wav_file_from_a_pipe(tmp_path):
+    """With its length, and as programs write it that do not know the length yet."""
+    data = (AUDIO / "jfk.wav").read_bytes()
+    at = data.index(b"data") + 4
+    endless = data[:at] + b"\xff\xff\xff\xff" + data[at + 4 :]
+    spans = [stream(VAD, "-i", "-", "--late", "wait", input=sound).stdout for sound in (data, endless)]
+    assert spans[0] == spans[1] == stream(VAD, "-i", AUDIO / "jfk.wav").stdout and b"speech" in spans[0]
+    assert "is cut short" in error_of(stream(VAD, "-i", "-", "--late", "wait", input=data[:100]))
+
+
+def test_a_model_of_several_rates_takes_that_of_the_sound(tmp_path):
+    half = write_wav(tmp_path / "8k.wav", read_wav(AUDIO / "jfk.wav")[::2], 8000)
+    result = stream(VAD, "-i", half, "-o", tmp_path / "o.npz", "--json")
+    assert json.loads(result.stdout)["seconds"] == pytest.approx(11)
+    whole = command("run", VAD, "--input", half, "-o", tmp_path / "whole.npz")
+    assert whole.returncode == 0, whole.stderr.decode()
+    with np.load(tmp_path / "o.npz") as one, np.load(tmp_path / "whole.npz") as two:
+        assert one["output"].shape == (344, 1, 1)
+        np.testing.assert_array_equal(one["output"], two["output"])
+
+
 def test_lines_of_json(tmp_path):
     assert stream(VAD, "-i", AUDIO / "jfk.wav", "-o", tmp_path / "o.jsonl").returncode == 0
     found = lines_of(tmp_path / "o.jsonl")
@@ -158,7 +179,8 @@ def test_in_real_time(tmp_path):
 
 
 def test_what_is_too_late_is_dropped(tmp_path):
-    """Sound that is piped faster than it can be enhanced: a live stream drops, and the result keeps its time."""
+    """Sound that is piped faster than it can be enhanced: a live stream drops, and the result keeps its
+    time."""
     sound = (np.tile(read_wav(AUDIO / "gtcrn_mix.wav"), 3) * 32767).astype("<i2")
     arguments = [CLEAN, "-i", "-", "--raw", "s16", "--queue", 2, "--json", "-o", tmp_path / "o.wav"]
     for late in ("drop-oldest", "drop-newest"):
@@ -206,15 +228,30 @@ WRONG = {
     "a cut sound": (cut_wav, "is cut short"),
     "no such file": (lambda folder: [VAD, "-i", folder / "none.wav"], "no input file"),
     "no sound": (lambda folder: [VAD, "-i", IMAGES / "cat.png"], "is not a WAV file"),
-    "another rate": (lambda folder: [VAD, "-i", write_wav(folder / "a.wav", np.zeros(99), 44100)], "44,100 samples a second, the model takes 16,000. Give --resample"),
-    "no sound is made": (lambda folder: [VAD, "-i", AUDIO / "jfk.wav", "-o", folder / "o.wav"], "None of the models makes sound"),
-    "an unknown result": (lambda folder: [VAD, "-i", AUDIO / "jfk.wav", "-o", folder / "o.mp3"], "ends in .wav, .jsonl, .npz"),
+    "another rate": (
+        lambda folder: [VAD, "-i", write_wav(folder / "a.wav", np.zeros(99), 44100)],
+        "44,100 samples a second, the model takes 16,000. Give --resample",
+    ),
+    "no sound is made": (
+        lambda folder: [VAD, "-i", AUDIO / "jfk.wav", "-o", folder / "o.wav"],
+        "None of the models makes sound",
+    ),
+    "an unknown result": (
+        lambda folder: [VAD, "-i", AUDIO / "jfk.wav", "-o", folder / "o.mp3"],
+        "ends in .wav, .jsonl, .npz",
+    ),
     "no pair": (lambda folder: [VAD, "-i", "x", "--state", "what"], "Expected OUTPUT=INPUT"),
-    "a gate without a number": (lambda folder: [VAD, "-i", AUDIO / "jfk.wav", "--gate", CLEAN], "has no number to ask with"),
-    "a threshold alone": (lambda folder: [VAD, "-i", "x", "--threshold", 0.5], "--threshold is that of a gate"),
+    "a gate without a number": (
+        lambda folder: [VAD, "-i", AUDIO / "jfk.wav", "--gate", CLEAN],
+        "has no number to ask with",
+    ),
+    "a threshold alone": (
+        lambda folder: [VAD, "-i", "x", "--threshold", 0.5],
+        "--threshold is that of a gate",
+    ),
     "an empty folder": (lambda folder: [MODELS / "FastestDet.onnx", "-i", folder], "There is no picture"),
     "a wrong encoding": (lambda folder: [VAD, "-i", "-", "--raw", "mp3"], "--raw mp3 cannot be read"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("what", WRONG)

@@ -15,7 +15,8 @@ SILERO = ["silero_vad.onnx", "silero_vad_16k_op15.onnx"]
 
 
 def speech(path, sound, window=512, context=64, rate=16000):
-    """Probabilities of speech, as the model's own authors compute them: one window behind 64 samples of context."""
+    """Probabilities of speech, as the model's own authors compute them: one window behind 64 samples of
+    context."""
     session = bare_session(path)
     sound = np.concatenate([sound, np.zeros(-len(sound) % window, np.float32)])
     state, before, found = np.zeros((2, 1, 128), np.float32), np.zeros(context, np.float32), []

@@ -1,5 +1,6 @@
-"""A tiny random llama of transformers, and the same weights as ONNX decoders: with a cache that grows by Concat, and with
-one that GroupQueryAttention writes in place. The tokenizer is byte-level BPE, learned from a few sentences."""
+"""A tiny random llama of transformers, and the same weights as ONNX decoders: with a cache that grows by
+Concat, and with one that GroupQueryAttention writes in place. The tokenizer is byte-level BPE, learned from a
+few sentences."""
 
 import json
 
@@ -37,8 +38,9 @@ def tiny_llama(vocabulary):
     torch.manual_seed(3)
     config = LlamaConfig(
         vocab_size=vocabulary, hidden_size=HIDDEN, intermediate_size=96, num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, head_dim=SIZE, max_position_embeddings=CONTEXT,
-        initializer_range=0.3, bos_token_id=0, eos_token_id=1, tie_word_embeddings=False,
+        num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, head_dim=SIZE,
+        max_position_embeddings=CONTEXT, initializer_range=0.3, bos_token_id=0, eos_token_id=1,
+        tie_word_embeddings=False,
     )  # fmt: skip
     return LlamaForCausalLM(config).eval()
 
@@ -48,7 +50,7 @@ class _Graph:
         self.nodes, self.constants, self.inputs, self.outputs = [], [], [], []
 
     def constant(self, name, array):
-        self.constants.append(numpy_helper.from_array(np.ascontiguousarray(array), name))
+        self.constants.append(numpy_helper.from_array(np.array(array, order="C"), name))
         return name
 
     def __call__(self, kind, *inputs, out=None, domain="", outputs=1, **attributes):
@@ -84,8 +86,14 @@ def write_decoder(folder, llama, in_place):
     for layer in range(LAYERS):
         x = _layer(graph, weights, layer, x, extra, in_place)
     x = _norm(graph, "norm", weights["model.norm.weight"], x)
+    if in_place:  # an input with a default: for how many of the last tokens, 0 for all
+        keep = graph.constant("num_logits_to_keep", np.array(0))
+        graph.inputs.append(rank(keep, ids, []))
+        first = graph("Reshape", graph("Neg", keep), graph.constant("vector", np.array([1])))
+        end = graph.constant("end", np.array([2**31 - 1]))
+        x = graph("Slice", x, first, end, graph.constant("token_axis", np.array([1])))
     graph("MatMul", x, graph.constant("head", weights["lm_head.weight"].T), out="logits")
-    graph.outputs.insert(0, rank("logits", TensorProto.FLOAT, [1, "tokens", llama.config.vocab_size]))
+    graph.outputs.insert(0, rank("logits", TensorProto.FLOAT, [1, "logits", llama.config.vocab_size]))
     made = helper.make_graph(graph.nodes, "decoder", graph.inputs, graph.outputs, graph.constants)
     opsets = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
     onnx.save(helper.make_model(made, opset_imports=opsets, ir_version=8), str(folder / "decoder.onnx"))
