@@ -96,7 +96,7 @@ def quantize(
     job = _job(
         model, target, type_, size, calibration, importance, check, picture, requantize, memory, force
     )
-    facts = _Run(job).run()
+    facts = run_job(job)
     click.echo(json.dumps(facts) if as_json else table(facts))
 
 
@@ -153,6 +153,11 @@ def bundled_page() -> Path:
     import edgeinfer.exporters
 
     return Path(edgeinfer.exporters.__file__).parent / "texts" / "page.txt"
+
+
+def run_job(job: Job) -> dict[str, Any]:
+    """Do what `job` says; the numbers that --json prints."""
+    return _Run(job).run()
 
 
 class _Run:
