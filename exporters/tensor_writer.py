@@ -61,12 +61,12 @@ class _Step:
 def write_tensors(
     path: Path,
     placed: Sequence[Placed],
-    memory: int,
+    memory: int | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> None:
     """Write all tensors into the existing file `path`.
 
-    `memory`: what this process may hold, in bytes. Raises BudgetError where that is too little, OutOfRange
+    `memory`: what this process may hold, in bytes; None: whatever it holds, and some 100 MB. Raises BudgetError where that is too little, OutOfRange
     for numbers that F16 cannot hold, ModelFileError where a checkpoint's file cannot be read, OSError for the
     target.
     """
@@ -83,22 +83,20 @@ def write_tensors(
             sources[source] = SourceFile(source)
             stack.callback(sources[source].close)
         work = _Work(target, sources, _largest_step(placed, step_bytes))
-        for item in placed:
-            if item.tensor.values is not None:
-                work.write_values(item)
+        done = sum(work.write_values(item) for item in placed if item.tensor.values is not None)
         steps = (step for item in placed for step in _steps(item, step_bytes))
-        done = 0
         for count in _each_done(threads, work.do, steps):
             done += count
             if progress:
                 progress(done / total)
 
 
-def _fitting(placed: Sequence[Placed], memory: int) -> tuple[int, int]:
+def _fitting(placed: Sequence[Placed], memory: int | None) -> tuple[int, int]:
     """Threads and bytes of a step that fit into what `memory` leaves."""
-    held = process_memory().rss_bytes
     most = min(_MAX_THREADS, max(2, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2))
-    needed = 0
+    if memory is None:
+        return most, _STEP_BYTES[0]
+    held, needed = process_memory().rss_bytes, 0
     for step_bytes in _STEP_BYTES:
         for threads in range(most, 0, -1):
             needed = held + threads * (_buffer_bytes(_largest_step(placed, step_bytes)) + _TEMPORARIES)
@@ -112,7 +110,9 @@ def _fitting(placed: Sequence[Placed], memory: int) -> tuple[int, int]:
 
 
 def _buffer_bytes(sizes: tuple[int, int]) -> int:
-    return sum(sizes) + 4 * PAGE
+    """Of a thread: what is read, the same in another order, and what is written."""
+    read, written = sizes
+    return 2 * read + written + 4 * PAGE
 
 
 def _largest_step(placed: Sequence[Placed], step_bytes: int) -> tuple[int, int]:
@@ -229,8 +229,8 @@ class _Work:
                 "--quant."
             ) from None
 
-    def write_values(self, placed: Placed) -> None:
-        """A small tensor that is in memory."""
-        self._target.write(
-            placed.offset, memoryview(placed.tensor.values.astype("<f4").tobytes()), direct=False
-        )
+    def write_values(self, placed: Placed) -> int:
+        """A small tensor that is in memory; returns the bytes written."""
+        data = placed.tensor.values.astype("<f4").tobytes()
+        self._target.write(placed.offset, memoryview(data), direct=False)
+        return len(data)

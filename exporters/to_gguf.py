@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 #: The types that need no quantization.
 FLOAT_TYPES = ("F32", "F16", "BF16")
-DEFAULT_MEMORY = 512 << 20
 
 
 @dataclass(frozen=True)
@@ -48,14 +47,15 @@ def export_gguf(
     type: str | None = None,
     *,
     name: str | None = None,
-    memory: int = DEFAULT_MEMORY,
+    memory: int | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> GGUFReport:
     """Write the checkpoint folder `source` as GGUF to `target` (use output.Target: it may be left
     half-written).
 
     `type`: one of FLOAT_TYPES, None for the checkpoint's own; vectors and gates of experts are F32 always.
-    `name`: general.name, the folder's name where it is None. `memory`: bytes that this process may hold.
+    `name`: general.name, the folder's name where it is None. `memory`: bytes that this process may hold; without
+    it, some 100 MB and the vocabulary are added to what it holds.
     Raises ExportError (unknown architecture, tensors that do not fit), ModelFileError, BudgetError.
     """
     started = time.monotonic()

@@ -60,7 +60,7 @@ class Job:
 @click.option(
     "--check", is_flag=True, help="Run source and result on the same input; fail where they differ."
 )
-@click.option("--memory", metavar="SIZE", help="Stay within 2GiB, 1500M, 50% ... Default for GGUF: 512MiB.")
+@click.option("--memory", metavar="SIZE", help="Stay within 2GiB, 1500M, 50% ... Writing takes some 200 MiB.")
 @click.option("--force", is_flag=True, help="Replace OUT if it is there.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def export(
@@ -156,7 +156,7 @@ def _gguf_type(quant: str | None, size: str | None, calibration: str | None) -> 
 def _export_gguf(job: Job) -> tuple[dict[str, Any], list[str]]:
     """What --json prints, and what the check says to people."""
     from edgeinfer.exporters.output import Target
-    from edgeinfer.exporters.to_gguf import DEFAULT_MEMORY, FLOAT_TYPES, export_gguf
+    from edgeinfer.exporters.to_gguf import FLOAT_TYPES, export_gguf
 
     started = time.monotonic()
     direct = job.type is None or job.type in FLOAT_TYPES
@@ -169,7 +169,7 @@ def _export_gguf(job: Job) -> tuple[dict[str, Any], list[str]]:
                     job.source,
                     floats,
                     job.type if direct else None,
-                    memory=job.memory or DEFAULT_MEMORY,
+                    memory=job.memory,
                     progress=progress,
                 )
             facts = {"source": str(job.source), "target": str(job.target), **asdict(report)}
