@@ -66,9 +66,9 @@ def write_tensors(
 ) -> None:
     """Write all tensors into the existing file `path`.
 
-    `memory`: what this process may hold, in bytes; None: whatever it holds, and some 100 MB. Raises BudgetError where that is too little, OutOfRange
-    for numbers that F16 cannot hold, ModelFileError where a checkpoint's file cannot be read, OSError for the
-    target.
+    `memory`: what this process may hold, in bytes; None: whatever it holds, and some 100 MB. Raises
+    BudgetError where that is too little, OutOfRange for numbers that F16 cannot hold, ModelFileError where the
+    checkpoint cannot be read, OSError for the target.
     """
     threads, step_bytes = _fitting(placed, memory)
     end = max(item.offset + -(-item.num_bytes // PAGE) * PAGE for item in placed)

@@ -1,4 +1,4 @@
-"""From a checkpoint folder to a GGUF file: F32, F16 or BF16, each tensor on its own pages, in order of use."""
+"""From a checkpoint folder to a GGUF file: F32, F16 or BF16, tensors at pages, in order of use."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def export_gguf(
     half-written).
 
     `type`: one of FLOAT_TYPES, None for the checkpoint's own; vectors and gates of experts are F32 always.
-    `name`: general.name, the folder's name where it is None. `memory`: bytes that this process may hold; without
-    it, some 100 MB and the vocabulary are added to what it holds.
+    `name`: general.name, the folder's name where it is None. `memory`: bytes that this process may hold;
+    without it, some 100 MB and the vocabulary are added to what it holds.
     Raises ExportError (unknown architecture, tensors that do not fit), ModelFileError, BudgetError.
     """
     started = time.monotonic()
