@@ -100,6 +100,8 @@ class Graph:
                 outputs += [name for name in self.outputs if name in self.weights]
             taken = [name for name in self.inputs if name in used]
             taken += sorted(name for name in used if made_in.get(name, number) < number)
+            if not outputs:  # what it computes is used nowhere
+                continue
             wanted |= set(taken)
             stages.append(Stage(first, last, tuple(taken), tuple(outputs)))
         return stages[::-1]

@@ -21,8 +21,9 @@ from edgeinfer.onnx.stage_files import StageFiles
 
 Progress = Callable[[float], None]
 
-FORMAT = 2  # of what is written; another number is another entry of the cache
-MANY_STAGES = 96
+FORMAT = 3  # of what is written; another number is another entry of the cache
+_FEW_STAGES, _MANY_STAGES = 24, 96
+_SMALL_STAGE_BYTES, _LARGE_STAGE_BYTES = 2 << 20, 32 << 20
 _OPTIMIZED = "edgeinfer-optimized.onnx"
 
 
@@ -52,7 +53,8 @@ class Prepared:
 
 def default_stage_bytes(weights_bytes: int) -> int:
     """Small stages need a small ring, but each one costs a session and a little time."""
-    return max(32 << 20, weights_bytes // MANY_STAGES)
+    few = min(_LARGE_STAGE_BYTES, max(_SMALL_STAGE_BYTES, weights_bytes // _FEW_STAGES))
+    return max(few, weights_bytes // _MANY_STAGES)
 
 
 def prepare(path: Path, folder: Path, cuts_wanted: int | None, stage_bytes: int, progress: Progress) -> None:
@@ -104,7 +106,14 @@ def _write(model, folder: Path, files: StageFiles, source: Path) -> StageFiles:
     give_back_memory()
     data_bytes = _leave_page_cache(folder / files.data) if (folder / files.data).exists() else 0
     uses = WeightUses(onnx.load(folder / files.model, load_external_data=False), ranges)
-    return replace(files, ranges=ranges, idle=uses.idle(), tables=uses.tables(), data_bytes=data_bytes)
+    return replace(
+        files,
+        ranges=ranges,
+        idle=uses.idle(),
+        tables=uses.tables(),
+        model_bytes=(folder / files.model).stat().st_size,
+        data_bytes=data_bytes,
+    )
 
 
 def _single_reason(graph, weights: int, stage_bytes: int) -> str:

@@ -34,7 +34,7 @@ class StageFiles:
     """A prepared stage. `ranges`: (offset, bytes) of the data file that its session maps, whole pages.
 
     `idle`: the offsets of ranges that are most likely never read: their kernels have them in a rearranged weight.
-    `tables`: weights of which only rows are read. `data_bytes`: the size of the data file.
+    `tables`: weights of which only rows are read. `model_bytes`, `data_bytes`: the sizes of the files.
     """
 
     model: str
@@ -44,10 +44,18 @@ class StageFiles:
     ranges: tuple[tuple[int, int], ...] = ()
     idle: tuple[int, ...] = ()
     tables: tuple[Table, ...] = ()
+    model_bytes: int = 0
     data_bytes: int = 0
 
     def as_json(self) -> dict:
         return asdict(self)
+
+    def are_whole(self, folder: Path) -> bool:
+        """Whether the files have their sizes."""
+        sizes = [
+            path.stat().st_size if path.exists() else 0 for path in (folder / self.model, folder / self.data)
+        ]
+        return sizes == [self.model_bytes, self.data_bytes]
 
     @classmethod
     def from_json(cls, values: dict) -> StageFiles:
@@ -59,6 +67,7 @@ class StageFiles:
             ranges=tuple((int(offset), int(nbytes)) for offset, nbytes in values["ranges"]),
             idle=tuple(int(offset) for offset in values["idle"]),
             tables=tuple(Table(**table) for table in values["tables"]),
+            model_bytes=int(values["model_bytes"]),
             data_bytes=int(values["data_bytes"]),
         )
 

@@ -24,7 +24,8 @@ from edgeinfer.remembered import remembered
 _MIB = 1 << 20
 _SLACK = 6 * _MIB  # what comes and goes: allocator fragments, thread stacks, Python objects
 _LEAST_ACTIVATIONS = 8 * _MIB  # what any input is given room for
-_SESSION_BYTES = 3 * _MIB // 4  # of one stage, besides its graph; measured
+_FIRST_SESSION_BYTES = 8 * _MIB  # code and tables of ONNX Runtime that are touched; measured
+_SESSION_BYTES = _MIB // 4  # of each stage, besides its graph; measured
 
 Shapes = tuple[tuple[int, ...], ...]
 
@@ -113,18 +114,22 @@ class StagedModel:
     def _measure(
         self, feeds: Mapping[str, np.ndarray], wanted: Sequence[str]
     ) -> tuple[int, dict[str, np.ndarray]]:
-        """(bytes besides what was there before and the weights, outputs) of a pass that keeps as little as it can."""
+        """(bytes besides the weights and what an opened model holds, outputs) of a pass that keeps as little as it can.
+
+        The arena holds what earlier passes took, which is therefore added.
+        """
         self.plan = self._plan(measuring=True)
-        self._arm()  # what was kept before is gone
-        before = self._overhead["interpreter"] + self._overhead["sessions"]
+        self._armed = None
+        self._stages.disarm()
+        before = process_memory().rss_bytes
         reset_peak()
         results = self._run(feeds, wanted)
         entries = self.plan.ledger.entries
-        peak = process_memory().peak_rss_bytes
-        taken = max(0, peak - before - entries["resident_weights"] - entries["ring"])
-        return taken + sum(
+        more = process_memory().peak_rss_bytes - before - entries["resident_weights"] - entries["ring"]
+        kept = sum(
             array.nbytes for array in results.values()
-        ), results  # the caller may keep the last ones
+        )  # the caller may keep these until the next ones
+        return max(0, more) + kept + max(self._activations.values(), default=0), results
 
     def _too_large(self, feeds: Mapping[str, np.ndarray]) -> BudgetError:
         shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in feeds.items())
@@ -170,7 +175,7 @@ def _expected_overhead(folder: Path, prepared: Prepared, blocks: Sequence[Block]
     graphs = sum((folder / files.model).stat().st_size for files in prepared.stages)
     return {
         "interpreter": process_memory().rss_bytes,
-        "sessions": 3 * graphs + _SESSION_BYTES * len(prepared.stages),
+        "sessions": 3 * graphs + _FIRST_SESSION_BYTES + _SESSION_BYTES * len(prepared.stages),
         "activations": _LEAST_ACTIVATIONS,
         "load_peak": _load_peak(blocks),
     }

@@ -64,6 +64,8 @@ class Stages:
                     progress((number + 1) / len(prepared.stages))
 
     def _open(self, number: int, files: StageFiles, threads: int) -> None:
+        if not files.are_whole(self._folder):
+            raise StaleEntry(f"the files of stage {number} are not as they were written")
         with explained(self._path):
             session, found = open_stage(self._folder, files, threads)
         if page_ranges(found) != files.ranges:
@@ -83,7 +85,7 @@ class Stages:
         woken = [block for block in self._idle if _is_touched(self._homes[block.name], block)]
         if not woken:
             return False
-        self._disarm()
+        self.disarm()
         for block in woken:
             self._idle.remove(block)
             _native.guard_pages(self._homes[block.name], block.nbytes)
@@ -92,7 +94,7 @@ class Stages:
 
     def arm(self, plan: OnnxPlan) -> None:
         """From now on keep and stream as `plan` says; what was in memory is dropped."""
-        self._disarm()
+        self.disarm()
         self._plan = plan
         self._by_stage = [[] for _ in self._files]
         self._tables = [[] for _ in self._files]
@@ -126,7 +128,8 @@ class Stages:
         kind = _STREAMED if block.name in plan.streamed else _RESIDENT
         return source, kind, block.offset, nbytes, home
 
-    def _disarm(self) -> None:
+    def disarm(self) -> None:
+        """Drop all weights that are in memory. The next thing to do is `arm`."""
         pager, self._pager = self._pager, None
         if pager is not None:
             self._count(pager)
@@ -220,7 +223,7 @@ class Stages:
             self._read_before[name] = self._read_before.get(name, 0) + value
 
     def close(self) -> None:
-        self._disarm()
+        self.disarm()
         self._sessions.clear()
 
 

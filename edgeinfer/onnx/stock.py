@@ -32,6 +32,7 @@ class StockModel:
         found = what_computes(choice, self.session)
         self.plan = replace(plan, provider=found.name, provider_reason=found.reason)
         self._path = path
+        self._names = [port.name for port in self.session.get_outputs()]
 
     def run(self, feeds: Mapping[str, np.ndarray], wanted: Sequence[str]) -> dict[str, np.ndarray]:
         """The `wanted` outputs by name."""
@@ -40,8 +41,11 @@ class StockModel:
 
     def run_again(self, feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
         """All outputs, as stock ONNX Runtime gives them."""
-        with explained(self._path):
-            return self.session.run(None, feeds)
+        try:
+            return self.session.run(self._names, feeds)
+        except Exception:
+            with explained(self._path):
+                raise
 
     def read_pass(self) -> int:
         return 0

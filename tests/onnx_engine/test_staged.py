@@ -1,0 +1,227 @@
+"""Models that are larger than their budget: the outputs of a stock session, and what the plan says of it."""
+
+import gc
+import re
+
+import numpy as np
+import pytest
+from made_encoders import Encoder, FLOAT, FOUR_BITS, MIB, TABLE, encoder_file, tokens
+from onnx_references import THREADS, assert_same, stock_outputs
+
+pytest.importorskip("edgeinfer._native", reason="needs the C extension")
+
+from edgeinfer.budget import process_memory
+from edgeinfer.engines.onnx import open_onnx
+from edgeinfer.errors import BudgetError, InputError, ReadError
+from edgeinfer.onnx.homes import give_back_memory
+
+
+LITTLE = 50 * MIB  # about what one stage needs, with its session and its inputs
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """Prepared once for all tests of this file. The first run of any model brings in code, so one runs before."""
+    warm = encoder_file(tmp_path_factory.mktemp("warm"), Encoder(layers=1, width=128, ffn=256))
+    stock_outputs(warm, tokens(1))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module", params=[FLOAT, FOUR_BITS], ids=["float32", "4 bits"])
+def model(request, cache, tmp_path_factory):
+    return encoder_file(tmp_path_factory.mktemp("model"), request.param)
+
+
+@pytest.fixture(scope="module")
+def float_model(cache, tmp_path_factory):
+    return encoder_file(tmp_path_factory.mktemp("float"), FLOAT)
+
+
+def opened(path, room, **options):
+    """The model with a budget of `room` bytes more than this process holds now."""
+    gc.collect()
+    give_back_memory()
+    return open_onnx(path, memory=process_memory().rss_bytes + room, threads=THREADS, **options)
+
+
+@pytest.mark.parametrize("room", [LITTLE, 60 * MIB, 75 * MIB])
+def test_outputs_are_the_stock_sessions(model, room):
+    expected = {batch: stock_outputs(model, tokens(batch)) for batch in (1, 3)}
+    with opened(model, room) as staged:
+        assert staged.mode == "streaming" and staged.plan.num_stages > 1
+        assert [port.describe() for port in staged.inputs] == ["int64 [batch, sequence]"]
+        for batch in (1, 3, 3, 1):
+            assert_same(staged.run(tokens(batch)), expected[batch])
+        assert staged.statistics().passes == 4
+
+
+def test_more_room_streams_less(float_model):
+    streamed = []
+    for room in (LITTLE, 56 * MIB, 62 * MIB):
+        with opened(float_model, room) as staged:
+            staged.run(tokens(1))
+            plan = staged.plan
+            assert plan.ledger.total <= plan.budget_bytes
+            before = staged.statistics().streamed_bytes
+            staged.run(tokens(1))
+            staged.run(tokens(1))
+            read = staged.statistics().streamed_bytes - before
+            # reading ahead begins with the plan, and goes on over the end of a pass into the next
+            assert 2 * plan.streamed_bytes - MIB <= read <= 2 * plan.streamed_bytes + plan.ring_bytes + MIB
+            streamed.append(plan.streamed_bytes)
+    assert streamed[0] > streamed[1] > streamed[2]
+
+
+def test_everything_stays_where_it_fits(float_model):
+    with opened(float_model, 110 * MIB) as staged:
+        staged.run(tokens(1))
+        assert staged.plan.streamed_bytes == staged.plan.ring_bytes == 0
+        staged.run(tokens(1))
+        before = staged.statistics()
+        assert_same(staged.run(tokens(1)), stock_outputs(float_model, tokens(1)))
+        assert staged.statistics().streamed_bytes == before.streamed_bytes
+
+
+def test_one_stock_session_where_all_fits(float_model):
+    with opened(float_model, 300 * MIB) as model:
+        assert model.mode == "in-memory" and model.plan.num_stages == 1
+        assert "fits" in model.plan.reason
+        assert_same(model.run(tokens(2)), stock_outputs(float_model, tokens(2)))
+
+
+def smallest_budget(path):
+    """What the refusal of a smaller one names. It counts what this process holds, so it changes from test to test."""
+    with pytest.raises(BudgetError, match="the smallest that works is") as refusal:
+        opened(path, 1 * MIB)
+    assert f"({refusal.value.smallest_bytes} bytes)" in str(refusal.value)
+    return refusal.value.smallest_bytes
+
+
+def test_the_smallest_budget_works_and_less_is_refused(model):
+    with open_onnx(model, memory=smallest_budget(model) + 2 * MIB, threads=THREADS) as staged:
+        assert_same(staged.run(tokens(1)), stock_outputs(model, tokens(1)))
+    with pytest.raises(BudgetError):
+        open_onnx(model, memory=smallest_budget(model) - 4 * MIB, threads=THREADS)
+
+
+def test_an_input_beyond_the_budget_is_refused_and_smaller_ones_still_run(float_model):
+    with opened(float_model, LITTLE) as staged:
+        with pytest.raises(
+            BudgetError, match=r"too small for this input \(tokens \[96, 64\]\).*Raise --memory"
+        ):
+            staged.run(tokens(96, 64))
+        assert_same(staged.run(tokens(1)), stock_outputs(float_model, tokens(1)))
+
+
+def test_what_inputs_take_is_kept(float_model):
+    with opened(float_model, 60 * MIB) as staged:
+        staged.run(tokens(5))
+        first = staged.plan
+    with opened(float_model, 60 * MIB) as staged:
+        assert_same(staged.run(tokens(5)), stock_outputs(float_model, tokens(5)))
+        assert staged.plan.ledger.entries["activations"] == first.ledger.entries["activations"]
+        # one pass, of the plan that the first one has led to
+        resident = staged.plan.ledger.entries["resident_weights"]
+        assert staged.statistics().streamed_bytes <= staged.plan.streamed_bytes + staged.plan.ring_bytes + MIB
+        assert resident > 0
+
+
+def test_scales_of_4_bit_weights_are_not_read(cache, tmp_path):
+    """They are inside the rearranged weights: neither kept nor streamed."""
+    path = encoder_file(tmp_path, FOUR_BITS)
+    scales = sum(weight.nbytes for weight in FOUR_BITS.weights() if weight.name.endswith("scales"))
+    others = sum(weight.nbytes for weight in FOUR_BITS.weights()) - scales
+    with opened(path, LITTLE) as staged:
+        staged.run(tokens(1))
+        entries = staged.plan.ledger.entries
+        # rearranged: with their scales and as many sums of blocks
+        assert staged.plan.streamed_bytes + entries["resident_weights"] < others + 2.2 * scales
+
+
+def test_rows_of_a_large_table_are_read(cache, tmp_path):
+    path = encoder_file(tmp_path, TABLE)
+    with opened(path, LITTLE) as staged:
+        for feeds in (tokens(2, vocabulary=20_000), tokens(1, vocabulary=20_000)):
+            assert_same(staged.run(feeds), stock_outputs(path, feeds))
+        assert len(staged.plan.rows) == 1
+        assert (
+            staged.statistics().streamed_bytes < 30 * MIB
+        )  # two passes, the first of all 12 MiB of matrices
+        negative = {"tokens": np.array([[-1, -20_000, 19_999, 0]])}
+        assert_same(staged.run(negative), stock_outputs(path, negative))
+        with pytest.raises(Exception, match="out of data bounds|out of range"):
+            staged.run({"tokens": np.array([[20_000]])})
+        assert_same(staged.run(negative), stock_outputs(path, negative))
+
+
+def test_two_models_at_once(float_model):
+    with opened(float_model, 60 * MIB) as one, opened(float_model, 60 * MIB) as other:
+        expected = stock_outputs(float_model, tokens(2))
+        for staged in (one, other, one, other):
+            assert_same(staged.run(tokens(2)), expected)
+        one.close()
+        assert_same(other.run(tokens(2)), expected)
+
+
+def test_not_a_number_passes_through(cache, tmp_path):
+    import onnx
+
+    path = encoder_file(tmp_path, FLOAT)
+    model = onnx.load(path, load_external_data=False)
+    embedding = model.graph.node[0].output[0]  # fed instead of looked up
+    del model.graph.node[0], model.graph.input[0]
+    model.graph.input.append(onnx.helper.make_tensor_value_info(embedding, 1, ["batch", "sequence", 512]))
+    onnx.save_model(model, path)
+    values = np.random.default_rng(0).standard_normal((1, 4, 512)).astype(np.float32)
+    values[0, 2, 5] = np.nan
+    with opened(path, LITTLE) as staged:
+        found = staged.run({embedding: values})
+    assert_same(found, stock_outputs(path, {embedding: values}))
+    assert np.isnan(found["hidden"][0]).any()
+
+
+def test_wrong_inputs_are_named(float_model):
+    with opened(float_model, LITTLE) as staged:
+        with pytest.raises(
+            InputError, match=r"no input 'ids'. Its inputs are tokens \(int64 \[batch, sequence\]\)"
+        ):
+            staged.run({"ids": np.zeros((1, 1), np.int64)})
+        with pytest.raises(InputError, match="'tokens': expected type int64, got int32"):
+            staged.run({"tokens": np.zeros((1, 1), np.int32)})
+        with pytest.raises(InputError, match=r"'tokens': expected shape \[batch, sequence\], got \[3\]"):
+            staged.run({"tokens": np.zeros(3, np.int64)})
+        with pytest.raises(InputError, match="no output 'logits'. Its outputs are hidden"):
+            staged.run(tokens(1), ["logits"])
+        assert staged.run(tokens(1), []) == {}
+
+
+def test_a_prepared_file_that_changes_ends_the_run(cache, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    path = encoder_file(tmp_path, FLOAT)
+    with opened(path, LITTLE) as staged:
+        staged.run(tokens(1))
+        data = sorted((tmp_path / "cache").rglob("stage-*.data"))
+        with open(data[3], "r+b") as file:
+            file.truncate(100)
+        with pytest.raises(ReadError, match="prepared files .* could not be used any more"):
+            staged.run(tokens(1))
+    with opened(path, LITTLE) as staged:  # it was noticed, and is prepared again
+        assert_same(staged.run(tokens(1)), stock_outputs(path, tokens(1)))
+
+
+def test_preparing_says_what_it_takes_and_how_far_it_is(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    path = encoder_file(tmp_path, FLOAT)
+    said, done = [], []
+    for _ in range(2):
+        with opened(path, LITTLE, say=said.append, progress=done.append):
+            assert done == sorted(done) and done[-1] == 1 and len(done) > 4
+        done.clear()
+    assert len(said) == 1
+    match = re.search(r"Preparing encoder.onnx .* about (\d+) MiB in (\S+)\.", said[0])
+    folder = tmp_path / "cache" / "edgeinfer" / "onnx"
+    assert match[2] == str(folder)
+    taken = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    assert 0.8 * taken < int(match[1]) * MIB < 1.3 * taken
