@@ -1,4 +1,4 @@
-"""Tokens that were added to a tokenizer after it was trained: looked for in the text before anything else is done."""
+"""Tokens that were added to a trained tokenizer: looked for in the text before anything else is done."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class AddedToken:
 
 
 def read_added_tokens(files: TokenizerFiles) -> list[AddedToken]:
-    """From tokenizer.json, else tokenizer_config.json (added_tokens_decoder), and added_tokens.json for the rest."""
+    """From tokenizer.json, else tokenizer_config.json (added_tokens_decoder), else added_tokens.json."""
     found: dict[str, AddedToken] = {}
     if files.tokenizer is not None:
         where = f"{files.path('tokenizer.json')}: added_tokens"
@@ -40,7 +40,11 @@ def read_added_tokens(files: TokenizerFiles) -> list[AddedToken]:
     decoder = files.settings.get("added_tokens_decoder") or {}
     if not isinstance(decoder, dict):
         raise ExportError(f"{where}: expected a JSON object of id -> token.")
-    _keep(found, where, [(_number(token), entry) for token, entry in zip(decoder, _objects(where, decoder.values()))])
+    _keep(
+        found,
+        where,
+        [(_number(token), entry) for token, entry in zip(decoder, _objects(where, decoder.values()))],
+    )
     where = str(files.path("added_tokens.json"))
     _keep(found, where, [(token, {"content": text}) for text, token in files.added.items()])
     return list(found.values())
@@ -51,7 +55,9 @@ def _keep(found: dict[str, AddedToken], where: str, entries: list[tuple[Any, dic
     for token, entry in entries:
         text = entry.get("content")
         if not isinstance(text, str) or not is_id(token):
-            raise ExportError(f"{where}: expected an id and a content, found {str(entry)[:80]} for id {str(token)[:20]}.")
+            raise ExportError(
+                f"{where}: expected an id and a content, found {str(entry)[:80]} for id {str(token)[:20]}."
+            )
         if text in found:
             if found[text].id != token:
                 raise ExportError(f"{where}: {text[:40]!r} has the id {token}, elsewhere {found[text].id}.")
@@ -73,7 +79,7 @@ def _number(text: str) -> int | None:
 
 
 def named_special_tokens(files: TokenizerFiles) -> set[str]:
-    """Texts that tokenizer_config.json or special_tokens_map.json calls special, listed with their ids or not."""
+    """Texts that tokenizer_config.json or special_tokens_map.json calls special, with an id or without."""
     texts: set[str | None] = set()
     for source in (files.settings, files.special_map):
         texts |= {text_of(source.get(name)) for name in _NAMED}

@@ -13,18 +13,21 @@ _MAX_TEMPLATES = 64
 
 
 def chat_template_metadata(files: TokenizerFiles) -> dict[str, Any]:
-    """tokenizer.chat_template, and tokenizer.chat_template.NAME with tokenizer.chat_templates for further ones.
+    """tokenizer.chat_template, and tokenizer.chat_template.NAME for further ones, listed in chat_templates.
 
-    As transformers: chat_template.jinja (and additional_chat_templates/NAME.jinja) before chat_template.json before
-    tokenizer_config.json. Raises ExportError for templates that are no text.
+    As transformers: chat_template.jinja (and additional_chat_templates/NAME.jinja) before chat_template.json
+    before tokenizer_config.json. Raises ExportError for templates that are no text.
     """
     where, templates = _templates(files)
     if len(templates) > _MAX_TEMPLATES:
-        raise ExportError(f"{where}: has {len(templates)} chat templates, at most {_MAX_TEMPLATES} are allowed.")
+        raise ExportError(
+            f"{where}: has {len(templates)} chat templates, at most {_MAX_TEMPLATES} are allowed."
+        )
     for name, template in templates.items():
         if not isinstance(template, str) or len(template) > _MAX_CHARACTERS or not is_utf8(template):
             raise ExportError(
-                f"{where}: the chat template {name!r} is no Unicode text of at most {_MAX_CHARACTERS:,} characters."
+                f"{where}: the chat template {name!r} is no Unicode text of at most {_MAX_CHARACTERS:,} "
+                "characters."
             )
     metadata: dict[str, Any] = {}
     default = templates.pop("default", None)
@@ -61,7 +64,9 @@ def _named(where: str, template: Any) -> dict[str, Any]:
     named = {}
     for entry in template:
         if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
-            raise ExportError(f"{where}: a chat template in a list needs a name and a template, found {str(entry)[:80]}.")
+            raise ExportError(
+                f"{where}: a chat template in a list needs a name and a template, found {str(entry)[:80]}."
+            )
         named[entry["name"]] = entry.get("template")
     return named
 

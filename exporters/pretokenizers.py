@@ -1,8 +1,8 @@
-"""llama.cpp's name for how a byte-level tokenizer cuts text into words, found from the definition in tokenizer.json.
+"""llama.cpp's name for how a byte-level tokenizer cuts text into words, by the definition in tokenizer.json.
 
 pretokenizers.json lists what llama.cpp knows (llm_tokenizer_bpe in its llama-vocab.cpp): the steps of the
-pre-tokenizer as in tokenizer.json, whether a whole word that is a token is taken without merging (`ignore_merges`),
-and, where llama.cpp's own splitter is known to differ from the regex, in what.
+pre-tokenizer as in tokenizer.json, whether a whole word that is a token is taken without merging
+(`ignore_merges`), and, where llama.cpp's own splitter is known to differ from the regex, in what.
 """
 
 from __future__ import annotations
@@ -51,8 +51,9 @@ def recognise(
 ) -> PreTokenizer:
     """The known pre-tokenizer with the steps of `definition` (pre_tokenizer in tokenizer.json).
 
-    `reaches_all()` tells whether merging reaches every token from its own text: then ignore_merges does not matter, and
-    an entry that differs in it will do. Raises ExportError with the regexes found for one that is not known.
+    `reaches_all()` tells whether merging reaches every token from its own text: then ignore_merges does not
+    matter, and an entry that differs in it will do. Raises ExportError with the regexes found for one that is
+    not known.
     """
     steps = tuple(_steps(definition, where))
     same = [known for known in known_pretokenizers() if known.steps == steps]
@@ -61,15 +62,16 @@ def recognise(
     exact = [known for known in same if known.ignore_merges == ignore_merges]
     if not exact and not reaches_all():
         raise ExportError(
-            f"{where}: llama.cpp's {same[0].name!r} cuts text like this tokenizer, but ignore_merges is {ignore_merges} "
-            "here and not there, which changes ids. There is no such tokenizer in llama.cpp."
+            f"{where}: llama.cpp's {same[0].name!r} cuts text like this tokenizer, but ignore_merges is "
+            f"{ignore_merges} here and not there, which changes ids. There is no such tokenizer in "
+            "llama.cpp."
         )
     best = exact or same
     return next((known for known in best if known.nfc == nfc), best[0])
 
 
 def recognise_class(name: Any, model_type: Any, where: str) -> PreTokenizer:
-    """For vocab.json with merges.txt, which do not say how text is cut: by the tokenizer's class in transformers.
+    """For vocab.json with merges.txt: they do not say how text is cut, the class in transformers does.
 
     Without a class the model's type (config.json) tells it, as for transformers.
     """
@@ -78,8 +80,8 @@ def recognise_class(name: Any, model_type: Any, where: str) -> PreTokenizer:
             return known
     classes = sorted(name for known in known_pretokenizers() for name in known.classes)
     raise ExportError(
-        f"{where}: vocab.json and merges.txt do not say how text is cut into words, and the tokenizer class is "
-        f"{name or 'not given'}; expected one of {', '.join(classes)}. A tokenizer.json would tell: "
+        f"{where}: vocab.json and merges.txt do not say how text is cut into words, and the tokenizer class "
+        f"is {name or 'not given'}; expected one of {', '.join(classes)}. A tokenizer.json would tell: "
         "AutoTokenizer.from_pretrained(folder).save_pretrained(folder) of transformers writes one."
     )
 
@@ -113,7 +115,9 @@ def _step(part: dict[str, Any], num_steps: int, where: str) -> tuple[str, str]:
         return "Punctuation", str(part.get("behavior", "Isolated"))
     if kind == "ByteLevel":
         if part.get("add_prefix_space", True):
-            raise ExportError(f"{where}: ByteLevel adds a space before the text, which llama.cpp cannot do here.")
+            raise ExportError(
+                f"{where}: ByteLevel adds a space before the text, which llama.cpp cannot do here."
+            )
         return "ByteLevel", "regex" if part.get("use_regex", True) else "bytes only"
     return kind, json.dumps({key: value for key, value in part.items() if key != "type"}, sort_keys=True)
 
@@ -125,7 +129,7 @@ def _split_regex(part: dict[str, Any], num_steps: int, where: str) -> str:
     way = (part.get("behavior"), bool(part.get("invert")))
     if not isinstance(regex, str) or not (way == _ISOLATED or way == _MATCHES_ONLY and num_steps <= 2):
         raise ExportError(
-            f"{where}: a Split with behavior {way[0]}, invert {way[1]} and {json.dumps(pattern, ensure_ascii=False)[:200]}; "
+            f"{where}: a Split with behavior {way[0]}, invert {way[1]} and {str(pattern)[:200]}; "
             "expected a Regex whose matches are Isolated. llama.cpp has no such pre-tokenizer."
         )
     return regex
@@ -135,6 +139,7 @@ def _unknown(steps: tuple[tuple[str, str], ...], where: str) -> str:
     found = "\n".join(f"  {kind}: {value}" for kind, value in steps) or "  (none)"
     names = ", ".join(dict.fromkeys(known.name for known in known_pretokenizers()))
     return (
-        f"{where}: this pre-tokenizer is not known, so llama.cpp would cut text differently. Found the steps\n{found}\n"
-        f"Known are those of {names}. If llama.cpp has one that does the same, add it to {_KNOWN.name}."
+        f"{where}: this pre-tokenizer is not known, so llama.cpp would cut text differently. Found the "
+        f"steps\n{found}\nKnown are those of {names}. If llama.cpp has one that does the same, add it to "
+        f"{_KNOWN.name}."
     )

@@ -1,7 +1,8 @@
 """SentencePiece BPE with byte fallback (llama 2, mistral, gemma, phi 3) as llama.cpp's "llama" tokenizer.
 
-From tokenizer.model, or from a tokenizer.json that was made from one. llama.cpp merges the neighbours whose union is
-the token of the highest score, the leftmost first, as SentencePiece does; bytes stand for characters without a token.
+From tokenizer.model, or from a tokenizer.json that was made from one. llama.cpp merges the neighbours whose
+union is the token of the highest score, the leftmost first, as SentencePiece does; bytes stand for characters
+without a token.
 """
 
 from __future__ import annotations
@@ -13,8 +14,23 @@ from typing import Any
 from edgeinfer.errors import ExportError
 from edgeinfer.exporters.added_tokens import AddedToken
 from edgeinfer.exporters.bpe_vocabulary import Merge, model_of, read_merges
-from edgeinfer.exporters.spaces import Spaces, hides_added_tokens, spaces_of_class, spaces_of_json, spaces_of_model
-from edgeinfer.exporters.token_table import BYTE, MAX_CHARACTERS, NORMAL, SPACE, UNKNOWN, USER_DEFINED, TokenTable, base_tokens
+from edgeinfer.exporters.spaces import (
+    Spaces,
+    hides_added_tokens,
+    spaces_of_class,
+    spaces_of_json,
+    spaces_of_model,
+)
+from edgeinfer.exporters.token_table import (
+    BYTE,
+    MAX_CHARACTERS,
+    NORMAL,
+    SPACE,
+    UNKNOWN,
+    USER_DEFINED,
+    TokenTable,
+    base_tokens,
+)
 from edgeinfer.exporters.tokenizer_files import AGAIN, MAX_TOKENS, TokenizerFiles, read_bytes
 
 _BPE = 2  # TrainerSpec.ModelType
@@ -24,8 +40,8 @@ _NEVER = -1e9  # the score of a token that no merge makes
 def sentencepiece_table(files: TokenizerFiles, added: list[AddedToken]) -> TokenTable:
     """The base tokens; `added` ones are put in by the caller, then `settle_user_defined` is due.
 
-    tokenizer.model gives scores where it agrees with tokenizer.json, which else is what transformers reads. Raises
-    ExportError for a kind of SentencePiece model that llama.cpp's "llama" tokenizer is not.
+    tokenizer.model gives scores where it agrees with tokenizer.json, which else is what transformers reads.
+    Raises ExportError for a kind of SentencePiece model that llama.cpp's "llama" tokenizer is not.
     """
     table, spaces = _from_model(files) if files.has("tokenizer.model") else _from_json(files)
     if files.tokenizer is not None and files.has("tokenizer.model"):
@@ -33,11 +49,13 @@ def sentencepiece_table(files: TokenizerFiles, added: list[AddedToken]) -> Token
             spaces = spaces_of_json(files.tokenizer, table.texts, str(files.path("tokenizer.json")))
         else:
             table, spaces = _from_json(files)
-            table.warnings.append("tokenizer.model holds other tokens than tokenizer.json. The latter was used.")
+            table.warnings.append(
+                "tokenizer.model holds other tokens than tokenizer.json. The latter was used."
+            )
     if files.tokenizer is not None and hides_added_tokens(files.tokenizer, any(t.normalized for t in added)):
         table.warnings.append(
-            "tokenizer.json finds special tokens only at the start of text or after a space (they are normalized); "
-            "llama.cpp finds them everywhere."
+            "tokenizer.json finds added tokens that are normalized only at the start of text or after a "
+            "space; llama.cpp finds them everywhere."
         )
     spaces = spaces_of_class(spaces, files.settings)
     table.flags["add_space_prefix"] = spaces.prefix
@@ -61,7 +79,9 @@ def _from_model(files: TokenizerFiles) -> tuple[TokenTable, Spaces]:
     model = _parse(path, read_bytes(path))
     if model.trainer_spec.model_type != _BPE:
         kind = model.trainer_spec.ModelType.Name(model.trainer_spec.model_type)
-        raise ExportError(f"{path}: is a SentencePiece model of type {kind}, expected BPE as llama, mistral and gemma have.")
+        raise ExportError(
+            f"{path}: is a SentencePiece model of type {kind}, expected BPE as llama, mistral and gemma have."
+        )
     texts = _texts(path, model)
     table = TokenTable("llama", "default", texts, [piece.type for piece in model.pieces])
     table.scores = [piece.score for piece in model.pieces]
@@ -79,7 +99,9 @@ def _texts(path: Path, model: Any) -> list[str]:
         raise ExportError(f"{path}: has {len(model.pieces):,} pieces, at most {MAX_TOKENS:,} are allowed.")
     texts = [piece.piece for piece in model.pieces]
     if not all(isinstance(text, str) and len(text) <= MAX_CHARACTERS for text in texts):
-        raise ExportError(f"{path}: a piece is not UTF-8 text of at most {MAX_CHARACTERS:,} characters. {AGAIN}")
+        raise ExportError(
+            f"{path}: a piece is not UTF-8 text of at most {MAX_CHARACTERS:,} characters. {AGAIN}"
+        )
     return texts
 
 
@@ -89,17 +111,15 @@ def _parse(path: Path, data: bytes) -> Any:
         from google.protobuf.message import DecodeError
         from sentencepiece import sentencepiece_model_pb2
     except ImportError as error:
-        raise ExportError(
-            f"{path}: reading it needs the package {error.name}, which is not installed. "
-            'Install it: pip install "edgeinfer[export]"'
-        ) from None
+        raise ExportError(f'{path}: reading it needs {error.name}: pip install "edgeinfer[export]"') from None
     model = sentencepiece_model_pb2.ModelProto()
     try:
         model.ParseFromString(data)
     except DecodeError:
         model.Clear()
     if not model.pieces:
-        hint = "It is in tiktoken's format: add the tokenizer.json to the folder." if _is_tiktoken(data) else AGAIN
+        tiktoken = "It is in tiktoken's format: add the tokenizer.json to the folder."
+        hint = tiktoken if _is_tiktoken(data) else AGAIN
         raise ExportError(f"{path}: is not a SentencePiece model. {hint}")
     return model
 
@@ -118,8 +138,8 @@ def _from_json(files: TokenizerFiles) -> tuple[TokenTable, Spaces]:
     merges = read_merges(f"{where}: merges", model.get("merges"), texts)
     if not model.get("byte_fallback"):
         raise ExportError(
-            f"{where}: the tokenizer is neither byte-level (a ByteLevel pre-tokenizer) nor has it byte_fallback; "
-            "llama.cpp has no such BPE."
+            f"{where}: the tokenizer is neither byte-level (a ByteLevel pre-tokenizer) nor has it "
+            "byte_fallback; llama.cpp has no such BPE."
         )
     table = TokenTable("llama", "default", texts, _types(texts, model.get("unk_token")))
     table.scores = scores_of_merges(texts, merges)
@@ -128,7 +148,8 @@ def _from_json(files: TokenizerFiles) -> tuple[TokenTable, Spaces]:
     different = num_inexact(texts, merges)
     if different:
         table.warnings.append(
-            f"{different:,} merges of this tokenizer cannot be written as scores of tokens; rare words get other ids."
+            f"{different:,} merges of this tokenizer cannot be written as scores of tokens; rare words get "
+            "other ids."
         )
     return table, spaces_of_json(tokenizer, texts, where)
 
@@ -149,9 +170,10 @@ def scores_of_merges(texts: list[str], merges: list[Merge]) -> list[float]:
 def num_inexact(texts: list[str], merges: list[Merge]) -> int:
     """How many merges llama.cpp would do more, or in another order, than `merges` says.
 
-    It joins any two neighbours whose union is a token, so each such pair must be a merge, and the merges that make
-    one token must follow each other. Both are so where the merges were made from a SentencePiece model. Runs of one
-    character (gemma's spaces and newlines) share their places, which does no harm: the longest run wins either way.
+    It joins any two neighbours whose union is a token, so each such pair must be a merge, and the merges that
+    make one token must follow each other. Both are so where the merges were made from a SentencePiece model.
+    Runs of one character (gemma's spaces and newlines) share their places, which does no harm: the longest
+    run wins either way.
     """
     known, listed = set(texts), set(merges)
     made = [left + right for left, right in merges if len(set(left + right)) > 1]
@@ -172,8 +194,8 @@ def _check_bytes(where: str, table: TokenTable) -> None:
     absent = [byte for byte in absent if byte > 0x7F or chr(byte) not in known]
     if absent:
         raise ExportError(
-            f"{where}: has no token for {len(absent)} of the 256 bytes (the first is <0x{absent[0]:02X}>). llama.cpp needs "
-            "them for characters without a token: train the tokenizer with byte_fallback."
+            f"{where}: has no token for {len(absent)} of the 256 bytes (the first is <0x{absent[0]:02X}>). "
+            "llama.cpp needs them for characters without a token: train the tokenizer with byte_fallback."
         )
 
 

@@ -1,7 +1,7 @@
-"""What a SentencePiece-style tokenizer does to text before merging, and what llama.cpp's "llama" tokenizer does of it.
+"""What a SentencePiece-style tokenizer does to text before merging, and what llama.cpp does of that.
 
-llama.cpp turns spaces into "▁" and, where it is told so, puts one before the text and after each special token. That
-is all that it can do.
+Its "llama" tokenizer turns spaces into "▁" and, where it is told so, puts one before the text and after each
+special token. That is all that it can do.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from edgeinfer.exporters.token_table import SPACE
 
 _LLAMA = ("LlamaTokenizer", "LlamaTokenizerFast")
 _START = (
-    "Text that begins with a space: transformers puts no second one before it, llama.cpp (and SentencePiece) does, so "
-    "its first ids differ."
+    "Text that begins with a space: transformers puts no second one before it, llama.cpp (and "
+    "SentencePiece) does, so its first ids differ."
 )
 _AFTER = (
-    "Text after a special token: transformers puts a space only before the whole text, llama.cpp also after special "
-    "tokens, so ids there may differ."
+    "Text after a special token: transformers puts a space only before the whole text, llama.cpp also "
+    "after special tokens, so ids there may differ."
 )
 
 
@@ -43,25 +43,26 @@ def spaces_of_model(model: Any, where: str) -> Spaces:
     warnings = []
     if spec.precompiled_charsmap:
         warnings.append(
-            f"The SentencePiece model normalizes characters ({spec.name or 'its own rules'}); llama.cpp does not. Text "
-            "that this changes (perhaps line breaks, ligatures, full-width letters, decomposed accents) gets other ids."
+            f"The SentencePiece model normalizes characters ({spec.name or 'its own rules'}); llama.cpp "
+            "does not. Text that this changes (perhaps line breaks, ligatures, full-width letters, "
+            "decomposed accents) gets other ids."
         )
     if spec.remove_extra_whitespaces:
         warnings.append(
-            "The SentencePiece model drops spaces at the ends and repeated ones; llama.cpp keeps them. Such text gets "
-            "other ids."
+            "The SentencePiece model drops spaces at the ends and repeated ones; llama.cpp keeps them. "
+            "Such text gets other ids."
         )
     return Spaces(spec.add_dummy_prefix, tuple(warnings))
 
 
 def hides_added_tokens(tokenizer: dict[str, Any], normalized: bool) -> bool:
-    """Whether added tokens are looked for with a "▁" before them: in normalized text, where the normalizer puts one."""
+    """Whether added tokens are looked for with a "▁" before them, as the normalizer puts one there."""
     parts = _flat(tokenizer.get("normalizer"), "normalizers")
     return normalized and any(part.get("type") == "Prepend" for part in parts)
 
 
 def spaces_of_json(tokenizer: dict[str, Any], texts: list[str], where: str) -> Spaces:
-    """From normalizer and pre_tokenizer of a tokenizer.json; `texts` are its tokens. ExportError for unknown ones."""
+    """By normalizer and pre_tokenizer of a tokenizer.json with tokens `texts`; ExportError for others."""
     prefix, marks = False, False
     for part in _flat(tokenizer.get("normalizer"), "normalizers"):
         if part == {"type": "Prepend", "prepend": SPACE}:
@@ -80,12 +81,14 @@ def spaces_of_json(tokenizer: dict[str, Any], texts: list[str], where: str) -> S
         elif not (marks and _splits_at_spaces(part)):
             raise _unknown(where, "pre_tokenizer", part)
     if not marks:
-        raise ExportError(f"{where}: spaces are not turned into {SPACE!r}, which llama.cpp's SentencePiece tokenizer does.")
+        raise ExportError(
+            f"{where}: spaces are not turned into {SPACE!r}, which llama.cpp's SentencePiece tokenizer does."
+        )
     return Spaces(prefix, warnings)
 
 
 def spaces_of_class(spaces: Spaces, settings: dict[str, Any]) -> Spaces:
-    """What transformers' LlamaTokenizer does by tokenizer_config.json; since version 5 the files do not count for it."""
+    """As transformers' LlamaTokenizer does by tokenizer_config.json; since version 5 no other file counts."""
     if settings.get("tokenizer_class") not in _LLAMA:
         return spaces
     if settings.get("add_prefix_space") is False:
@@ -96,7 +99,8 @@ def spaces_of_class(spaces: Spaces, settings: dict[str, Any]) -> Spaces:
 
 def _scheme(metaspace: dict[str, Any]) -> str:
     """Older files say add_prefix_space only."""
-    return metaspace.get("prepend_scheme") or ("always" if metaspace.get("add_prefix_space", True) else "never")
+    adds = metaspace.get("add_prefix_space", True)
+    return metaspace.get("prepend_scheme") or ("always" if adds else "never")
 
 
 def _check_words(metaspace: dict[str, Any], texts: list[str], where: str) -> None:
@@ -104,8 +108,8 @@ def _check_words(metaspace: dict[str, Any], texts: list[str], where: str) -> Non
     across = next((text for text in texts if SPACE in text[1:]), None)
     if metaspace.get("split", True) and across is not None:
         raise ExportError(
-            f"{where}: Metaspace splits text at spaces, but the token {across!r} reaches over one. llama.cpp would use it, "
-            "the original never does."
+            f"{where}: Metaspace splits text at spaces, but the token {across!r} reaches over one. "
+            "llama.cpp would use it, the original never does."
         )
 
 
@@ -124,6 +128,7 @@ def _flat(part: Any, inner: str) -> list[dict[str, Any]]:
 
 def _unknown(where: str, name: str, part: dict[str, Any]) -> ExportError:
     return ExportError(
-        f"{where}: the {name} {json.dumps(part, ensure_ascii=False)[:200]} changes text in a way that llama.cpp's "
-        f"SentencePiece tokenizer cannot. Expected spaces to become {SPACE!r}, and perhaps one before the text."
+        f"{where}: the {name} {json.dumps(part, ensure_ascii=False)[:200]} changes text in a way that "
+        f"llama.cpp's SentencePiece tokenizer cannot. Expected spaces to become {SPACE!r}, and perhaps one "
+        "before the text."
     )

@@ -34,7 +34,7 @@ class _Source:
         return text in self.ids and self.table.types[self.ids[text]] in (CONTROL, USER_DEFINED)
 
     def token(self, kind: str) -> int | None:
-        """By text from the tokenizer's files, else by id from the model's, from tokenizer.model, by the usual name."""
+        """By text in the tokenizer's files, by id in the model's, in tokenizer.model, by the usual name."""
         for settings in (self.files.settings, self.files.special_map):
             text = text_of(settings.get(f"{kind}_token"))
             if text in self.ids:
@@ -46,7 +46,7 @@ class _Source:
         return next((self.ids[text] for text in _USUAL.get(kind, ()) if self.is_added(text)), None)
 
     def listed(self, kind: str) -> list[int]:
-        """Ids in generation_config.json, then config.json (and its text_config), without those that no token has."""
+        """Ids in generation_config.json, config.json and its text_config, without those that no token has."""
         nested = self.config.get("text_config")
         found: list[int] = []
         for settings in (self.files.generation, self.config, nested if isinstance(nested, dict) else {}):
@@ -57,21 +57,25 @@ class _Source:
         return list(dict.fromkeys(found))
 
 
-def special_token_metadata(files: TokenizerFiles, config: Mapping[str, Any], table: TokenTable) -> dict[str, Any]:
-    """Ids of begin, end, unknown and padding, of what ends a turn or message, and whether begin and end are added."""
+def special_token_metadata(
+    files: TokenizerFiles, config: Mapping[str, Any], table: TokenTable
+) -> dict[str, Any]:
+    """Ids of begin, end, unknown, padding, end of turn and of message; whether begin and end are added."""
     source = _Source(files, config, table, table.ids())
     tokens = {kind: source.token(kind) for kind in _KEYS}
     metadata: dict[str, Any] = {
         f"tokenizer.ggml.{key}": tokens[kind] for kind, key in _KEYS.items() if tokens[kind] is not None
     }
     if tokens["eos"] is None:
-        table.warnings.append("No end-of-text token is known: llama.cpp will take its default, which is some other token.")
+        table.warnings.append(
+            "No end-of-text token is known: llama.cpp will take its default, which is some other token."
+        )
     metadata |= _further_ends(source, tokens["eos"])
     return metadata | _added_to_text(source, tokens)
 
 
 def _further_ends(source: _Source, eos: int | None) -> dict[str, int]:
-    """End of turn and of message: by their texts, else ends that the model lists and llama.cpp would not know."""
+    """End of turn and of message: by text, else ends that the model lists and llama.cpp would not know."""
     turn = [source.ids[text] for text in _END_OF_TURN if source.is_added(text)][:1]
     message = [source.ids[_END_OF_MESSAGE]] if source.is_added(_END_OF_MESSAGE) else []
     texts = source.table.texts
@@ -89,9 +93,9 @@ def _further_ends(source: _Source, eos: int | None) -> dict[str, int]:
 
 
 def _added_to_text(source: _Source, tokens: dict[str, int | None]) -> dict[str, bool]:
-    """add_bos_token and add_eos_token: by the post-processor, else by tokenizer_config.json, else as llama does.
+    """add_bos_token and add_eos_token: by the post-processor, else by tokenizer_config.json, else as llama's.
 
-    As transformers 5, which does not look at the settings where there is a tokenizer.json.
+    transformers 5 does so too: it does not look at the settings where there is a tokenizer.json.
     """
     settings = {kind: source.files.settings.get(f"add_{kind}_token") for kind in ("bos", "eos")}
     explicit = any(isinstance(value, bool) for value in settings.values())
@@ -117,13 +121,14 @@ def _adds(texts: list[str], token: int | None, table: TokenTable) -> bool:
     adds = token is not None and table.texts[token] in texts
     if len(texts) > adds:
         table.warnings.append(
-            f"The tokenizer puts {' '.join(texts)} around text; llama.cpp can add one begin and one end token only."
+            f"The tokenizer puts {' '.join(texts)} around text; llama.cpp can add one begin and one end "
+            "token only."
         )
     return adds
 
 
 def _template(tokenizer: dict[str, Any] | None) -> dict[str, list[str]] | None:
-    """The special tokens before ("bos") and after ("eos") the text by the post-processor; None where there is none."""
+    """The special tokens that the post-processor puts before ("bos") and after ("eos") text, if any."""
     first = (tokenizer or {}).get("post_processor")
     if first is None:
         return None

@@ -1,4 +1,4 @@
-"""The tokens of a vocabulary by id: base tokens, added tokens, and unused ones where the model has more rows."""
+"""The tokens of a vocabulary by id: base tokens, added ones, unused ones where the model has more rows."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ SPACE = "\u2581"
 class TokenTable:
     """How llama.cpp is told to split text. `scores` for its "llama" tokenizer, `merges` for its "gpt2" one.
 
-    `special`: ids of bos, eos, unk and pad where the tokenizer's own file gives them. `warnings`: where ids may differ
-    from the original's.
+    `special`: ids of bos, eos, unk and pad where the tokenizer's own file gives them. `warnings`: where ids
+    may differ from the original's.
     """
 
     model: str
@@ -45,18 +45,21 @@ class TokenTable:
     def add(self, where: str, added: list[AddedToken]) -> None:
         """Put added tokens in: over the base token of the same id and text, or behind the base tokens.
 
-        Raises ExportError: two texts for an id, two ids for a text, or ids with a gap before them (transformers would
-        then number them differently than the file says).
+        Raises ExportError: two texts for an id, two ids for a text, or ids with a gap before them
+        (transformers would then number them differently than the file says).
         """
         ids = self.ids()
         for token in sorted(added, key=lambda token: token.id):
             known = ids.get(token.text)
             if known is not None and known != token.id:
-                raise ExportError(f"{where}: {token.text!r} has the ids {known} and {token.id}. Expected one id a token.")
+                raise ExportError(
+                    f"{where}: {token.text!r} has the ids {known} and {token.id}. Expected one id a token."
+                )
             if token.id > len(self.texts):
                 raise ExportError(
-                    f"{where}: the added token {token.text!r} has the id {token.id}, but the tokens before it end at "
-                    f"{len(self.texts) - 1}. Ids must not have gaps: a file with the tokens between is missing."
+                    f"{where}: the added token {token.text!r} has the id {token.id}, but the tokens before "
+                    f"it end at {len(self.texts) - 1}. Ids must not have gaps: a file with the tokens "
+                    "between is missing."
                 )
             if token.id < len(self.texts) and known is None:
                 self._replace(where, token, ids)
@@ -70,8 +73,8 @@ class TokenTable:
         """SentencePiece models keep places free, named <unusedN> or so, which a tokenizer may name anew."""
         if self.types[token.id] not in (CONTROL, USER_DEFINED, UNUSED):
             raise ExportError(
-                f"{where}: id {token.id} is {self.texts[token.id]!r} and also the added token {token.text!r}. "
-                "Expected one text an id: the files do not belong together."
+                f"{where}: id {token.id} is {self.texts[token.id]!r} and also the added token "
+                f"{token.text!r}. Expected one text an id: the files do not belong together."
             )
         self.texts[token.id] = token.text
 
@@ -84,15 +87,18 @@ class TokenTable:
     def fit(self, size: int | None, needed: set[str], where: str) -> None:
         """Cut or fill the table so that it has as many tokens as the model has rows; `size` None: as it is.
 
-        Raises ExportError where ordinary or `needed` tokens would have no row. Other added tokens behind the last row
-        are dropped with a warning: a tokenizer may serve other models too (gemma 3 1B has no row for images).
+        Raises ExportError where ordinary or `needed` tokens would have no row. Other added tokens behind the
+        last row are dropped with a warning: a tokenizer may serve other models too (gemma 3 1B has no row for
+        images).
         """
         size = len(self.texts) if size is None else size
-        beyond = [token for token in range(size, len(self.texts)) if self.types[token] in (CONTROL, USER_DEFINED)]
+        beyond = [
+            token for token in range(size, len(self.texts)) if self.types[token] in (CONTROL, USER_DEFINED)
+        ]
         if len(self.texts) > size + len(beyond) or needed.intersection(self.texts[size:]):
             raise ExportError(
-                f"{where}: the tokenizer has {len(self.texts):,} tokens, but config.json says vocab_size {size:,}. "
-                "The tokenizer belongs to another model, or config.json is wrong."
+                f"{where}: the tokenizer has {len(self.texts):,} tokens, but config.json says vocab_size "
+                f"{size:,}. The tokenizer belongs to another model, or config.json is wrong."
             )
         if beyond:
             names = ", ".join(repr(self.texts[token]) for token in beyond[:3])
@@ -119,11 +125,18 @@ class TokenTable:
             if not text:
                 raise ExportError(f"{where}: token {token} is an empty text. Every token needs a text.")
             if "\0" in text:
-                raise ExportError(f"{where}: token {token}, {text[:40]!r}, holds a zero byte, which GGUF readers cut at.")
+                raise ExportError(
+                    f"{where}: token {token}, {text[:40]!r}, holds a zero byte, which GGUF readers cut at."
+                )
             if not is_utf8(text):
-                raise ExportError(f"{where}: token {token}, {text[:40]!r}, is not valid Unicode (a lone surrogate).")
+                raise ExportError(
+                    f"{where}: token {token}, {text[:40]!r}, is not valid Unicode (a lone surrogate)."
+                )
             if text in seen:
-                raise ExportError(f"{where}: tokens {seen[text]} and {token} are both {text[:40]!r}. Expected one id a text.")
+                raise ExportError(
+                    f"{where}: tokens {seen[text]} and {token} are both {text[:40]!r}. Expected one id a "
+                    "text."
+                )
             seen[text] = token
 
 
@@ -136,7 +149,9 @@ def table_size(config: Mapping[str, Any], where: str) -> int | None:
     if size is None:
         return None
     if not isinstance(size, int) or isinstance(size, bool) or not 0 < size <= MAX_TOKENS:
-        raise ExportError(f"{where}: vocab_size is {str(size)[:40]}, expected a count from 1 to {MAX_TOKENS:,}.")
+        raise ExportError(
+            f"{where}: vocab_size is {str(size)[:40]}, expected a count from 1 to {MAX_TOKENS:,}."
+        )
     return size
 
 
@@ -149,10 +164,13 @@ def base_tokens(where: str, vocabulary: Any) -> list[str]:
     texts: dict[int, str] = {}
     for text, token in vocabulary.items():
         if not is_id(token):
-            raise ExportError(f"{where}: the id of {text[:40]!r} is {str(token)[:40]}, expected a whole number.")
+            raise ExportError(
+                f"{where}: the id of {text[:40]!r} is {str(token)[:40]}, expected a whole number."
+            )
         if len(text) > MAX_CHARACTERS or not is_utf8(text):
             raise ExportError(
-                f"{where}: token {token}, {text[:40]!r}, is not Unicode text of at most {MAX_CHARACTERS:,} characters."
+                f"{where}: token {token}, {text[:40]!r}, is not Unicode text of at most {MAX_CHARACTERS:,} "
+                "characters."
             )
         if token in texts:
             raise ExportError(f"{where}: id {token} is both {texts[token][:40]!r} and {text[:40]!r}.")
@@ -160,6 +178,7 @@ def base_tokens(where: str, vocabulary: Any) -> list[str]:
     missing = next((token for token in range(len(texts)) if token not in texts), None)
     if missing is not None:
         raise ExportError(
-            f"{where}: no token has the id {missing}, though ids go up to {max(texts):,}. Ids must not have gaps."
+            f"{where}: no token has the id {missing}, though ids go up to {max(texts):,}. Ids must not have "
+            "gaps."
         )
     return [texts[token] for token in range(len(texts))]

@@ -1,4 +1,4 @@
-"""The files of a checkpoint folder that say how text becomes tokens, read with bounds and checked for their shape."""
+"""The files of a checkpoint folder that say how text becomes tokens, read with bounds."""
 
 from __future__ import annotations
 
@@ -35,7 +35,9 @@ class TokenizerFiles:
 def read_tokenizer_files(folder: Path) -> TokenizerFiles:
     """Raises ExportError for a file that is not JSON, too large, or no JSON object."""
     if not folder.is_dir():
-        raise ExportError(f"{folder}: expected a checkpoint folder with the tokenizer's files; there is no such folder.")
+        raise ExportError(
+            f"{folder}: expected a checkpoint folder with the tokenizer's files; there is no such folder."
+        )
     return TokenizerFiles(
         folder=folder,
         tokenizer=read_object(folder / "tokenizer.json"),
@@ -64,7 +66,9 @@ def read_text(path: Path) -> str:
     try:
         return read_bytes(path).decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ExportError(f"{path}: is not UTF-8 text ({error.reason} at byte {error.start:,}). {AGAIN}") from None
+        raise ExportError(
+            f"{path}: is not UTF-8 text ({error.reason} at byte {error.start:,}). {AGAIN}"
+        ) from None
 
 
 def read_bytes(path: Path) -> bytes:

@@ -20,8 +20,8 @@ from edgeinfer.exporters.special_tokens import special_token_metadata
 from edgeinfer.exporters.token_table import TokenTable, table_size
 from edgeinfer.exporters.tokenizer_files import TokenizerFiles, read_tokenizer_files
 
-#: llama.cpp strips spaces after special tokens where the model's name has one of these (llama_vocab::impl::load),
-#: except after the tokens that follow; all of them and </s> must then exist.
+#: llama.cpp strips spaces after special tokens where the model's name has one of these
+#: (llama_vocab::impl::load), except after the tokens that follow; all of them and </s> must then exist.
 _STRIPPING_NAME = re.compile(r"phi-?3", re.IGNORECASE)
 _NOT_STRIPPED = {"<unk>", "<s>", "<|endoftext|>"}
 
@@ -30,8 +30,8 @@ _NOT_STRIPPED = {"<unk>", "<s>", "<|endoftext|>"}
 class Vocabulary:
     """GGUF keys and values; `size` is the number of tokens, that of the model's embedding rows.
 
-    `warnings` say where llama.cpp's ids may differ from the original's. `strips`: the original drops spaces after its
-    special tokens as phi 3 does, see `name_for`.
+    `warnings` say where llama.cpp's ids may differ from the original's. `strips`: the original drops spaces
+    after its special tokens as phi 3 does, see `name_for`.
     """
 
     metadata: dict[str, Any]
@@ -52,7 +52,8 @@ class Vocabulary:
                 writer.add_array(key, value)
 
     def name_for(self, name: str) -> str:
-        """`name` so that general.name makes llama.cpp strip spaces after special tokens, or not, as the original does.
+        """`name` so that general.name makes llama.cpp strip spaces after special tokens, or not, as the
+        original does.
 
         llama.cpp goes by "phi-3" in the name, and fails on such a name where phi 3's tokens are absent.
         """
@@ -64,7 +65,8 @@ class Vocabulary:
 def read_vocabulary(folder: Path, config: Mapping[str, Any]) -> Vocabulary:
     """The vocabulary of a checkpoint `folder` whose config.json is `config`.
 
-    Raises ExportError: no tokenizer, one that llama.cpp cannot follow (what was found, what is known), or damaged files.
+    Raises ExportError: no tokenizer, one that llama.cpp cannot follow (what was found, what is known), or
+    damaged files.
     """
     folder = Path(folder)
     files = read_tokenizer_files(folder)
@@ -91,9 +93,10 @@ def _base(files: TokenizerFiles, config: Mapping[str, Any], added: list[AddedTok
     if files.has("vocab.json") and files.has("merges.txt"):
         return plain_files_table(files, config.get("model_type"))
     raise ExportError(
-        f"{files.folder}: found no tokenizer. Expected tokenizer.json, tokenizer.model (SentencePiece), or vocab.json with "
-        "merges.txt: copy them from where the model came from. From other formats (tekken.json, tiktoken) transformers "
-        "makes a tokenizer.json: AutoTokenizer.from_pretrained(folder).save_pretrained(folder)."
+        f"{files.folder}: found no tokenizer. Expected tokenizer.json, tokenizer.model (SentencePiece), or "
+        "vocab.json with merges.txt: copy them from where the model came from. From other formats "
+        "(tekken.json, tiktoken) transformers makes a tokenizer.json: "
+        "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)."
     )
 
 
@@ -115,11 +118,15 @@ def _strips(table: TokenTable, added: list[AddedToken]) -> bool:
     """Whether the tokens that strip spaces after them are those of phi 3; others get a warning."""
     there = [token for token in added if token.id < len(table.texts)]
     right = {token.text for token in there if token.rstrip}
-    phi3 = bool(right) and _NOT_STRIPPED < {t.text for t in there} and right == {t.text for t in there} - _NOT_STRIPPED
+    phi3 = (
+        bool(right)
+        and _NOT_STRIPPED < {t.text for t in there}
+        and right == {t.text for t in there} - _NOT_STRIPPED
+    )
     odd = [token.text for token in there if token.lstrip or token.single_word or (token.rstrip and not phi3)]
     if odd:
         table.warnings.append(
-            f"The tokens {', '.join(map(repr, odd[:3]))} take the spaces around them away or match whole words only; "
-            "llama.cpp does neither."
+            f"The tokens {', '.join(map(repr, odd[:3]))} take the spaces around them away or match whole "
+            "words only; llama.cpp does neither."
         )
     return phi3

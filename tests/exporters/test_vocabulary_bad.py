@@ -44,7 +44,9 @@ def changed(path, value):
 def with_tokens(**tokens):
     """Further tokens in the vocabulary; None takes one away."""
     vocabulary = {**trained()["model"]["vocab"], **tokens}
-    return changed(("model", "vocab"), {text: token for text, token in vocabulary.items() if token is not None})
+    return changed(
+        ("model", "vocab"), {text: token for text, token in vocabulary.items() if token is not None}
+    )
 
 
 @pytest.mark.parametrize(
@@ -62,7 +64,10 @@ def with_tokens(**tokens):
         (changed(("model", "vocab"), ["a"]), "vocab: expected the vocabulary as a JSON object"),
         (changed(("model", "merges"), ["a b c"]), "merges: merge 0 is 'a b c', expected two tokens"),
         (changed(("model", "merges"), [["a"]]), "merge 0 is .*expected two tokens"),
-        (changed(("model", "merges"), ["Ġ t", "q zzz"]), "merge 1, 'q zzz', needs the token 'zzz', which is not there"),
+        (
+            changed(("model", "merges"), ["Ġ t", "q zzz"]),
+            "merge 1, 'q zzz', needs the token 'zzz', which is not there",
+        ),
         (changed(("model", "merges"), ["ĉ ĉ"]), "needs the token 'ĉĉ', which is not there"),
         (changed(("model", "merges"), None), "merges: expected a list of merges, found NoneType"),
         (changed(("model",), None), "tokenizer.json: has no model"),
@@ -73,7 +78,10 @@ def with_tokens(**tokens):
         (changed(("added_tokens", 0, "id"), 5), "'<|endoftext|>' has the ids 0 and 5"),
         (changed(("added_tokens", 0), {"content": "x"}), "added_tokens: expected an id and a content"),
         (changed(("added_tokens",), {"a": 1}), "added_tokens: expected a list, found dict"),
-        (changed(("added_tokens",), [added_token(400, "<x>")]), "'<x>' has the id 400, but the tokens before it end at 299"),
+        (
+            changed(("added_tokens",), [added_token(400, "<x>")]),
+            "'<x>' has the id 400, but the tokens before it end at 299",
+        ),
         (changed(("added_tokens",), [added_token(40, "<x>")]), "id 40 is .* and also the added token '<x>'"),
     ],
 )
@@ -116,14 +124,20 @@ def test_a_file_that_is_too_large_is_not_read(tmp_path, monkeypatch):
         read_vocabulary(folder, {})
 
 
-@pytest.mark.parametrize("size, found", [(0, "0"), (-1, "-1"), (10**9, "1000000000"), ("7", "7"), (True, "True"), (2.5, "2.5")])
+@pytest.mark.parametrize(
+    "size, found", [(0, "0"), (-1, "-1"), (10**9, "1000000000"), ("7", "7"), (True, "True"), (2.5, "2.5")]
+)
 def test_a_vocab_size_that_is_no_count(size, found, tmp_path):
-    with pytest.raises(ExportError, match=f"config.json: vocab_size is {found}, expected a count from 1 to 1,048,576"):
+    with pytest.raises(
+        ExportError, match=f"config.json: vocab_size is {found}, expected a count from 1 to 1,048,576"
+    ):
         read_vocabulary(write_folder(tmp_path / "a", trained()), {"vocab_size": size})
 
 
 def test_more_tokens_than_rows(tmp_path):
-    with pytest.raises(ExportError, match="the tokenizer has 300 tokens, but config.json says vocab_size 299"):
+    with pytest.raises(
+        ExportError, match="the tokenizer has 300 tokens, but config.json says vocab_size 299"
+    ):
         read_vocabulary(write_folder(tmp_path / "a", trained()), {"vocab_size": 299})
 
 
@@ -142,7 +156,9 @@ def test_nothing_but_an_export_error_comes_of_a_damaged_model(tmp_path):
         data = bytearray(model())
         for _ in range(random_.randint(1, 4)):
             data[random_.randrange(len(data))] = random_.randrange(256)
-        (folder / "tokenizer.model").write_bytes(data[: random_.randrange(len(data)) if attempt % 3 == 0 else None])
+        (folder / "tokenizer.model").write_bytes(
+            data[: random_.randrange(len(data)) if attempt % 3 == 0 else None]
+        )
         try:
             num_read += read_vocabulary(folder, {}).size > 0
         except ExportError as error:
@@ -150,7 +166,25 @@ def test_nothing_but_an_export_error_comes_of_a_damaged_model(tmp_path):
     assert 0 < num_read < 150
 
 
-JUNK = [None, True, -1, 3.5, 10**30, "", "x", "\ud800", [], {}, [1], [None], {"a": 1}, {"type": "x"}, [[]], [{}], "\0"]
+JUNK = [
+    None,
+    True,
+    -1,
+    3.5,
+    10**30,
+    "",
+    "x",
+    "\ud800",
+    [],
+    {},
+    [1],
+    [None],
+    {"a": 1},
+    {"type": "x"},
+    [[]],
+    [{}],
+    "\0",
+]
 
 
 def places(value, path=()):

@@ -1,4 +1,4 @@
-"""Real vocabularies (llama.cpp's references): a tokenizer.json is made of each, exported, and gives the ids it should."""
+"""Real vocabularies (llama.cpp's references): a tokenizer.json made of each gives the ids it should."""
 
 from itertools import islice
 from pathlib import Path
@@ -36,7 +36,11 @@ def reference(name):
 def fields_of(name):
     reader = gguf.GGUFReader(reference(name))
     prefix = "tokenizer.ggml."
-    return {key.removeprefix(prefix): field.contents() for key, field in reader.fields.items() if key.startswith(prefix)}
+    return {
+        key.removeprefix(prefix): field.contents()
+        for key, field in reader.fields.items()
+        if key.startswith(prefix)
+    }
 
 
 def tokenizer_json(name, fields):
@@ -46,7 +50,9 @@ def tokenizer_json(name, fields):
     vocabulary = {text: token for token, text in enumerate(tokens[:size])}
     strips = name == "phi-3"
     added = [
-        added_token(token, text, special=kind != USER_DEFINED, rstrip=strips and text not in PHI3_NOT_STRIPPED)
+        added_token(
+            token, text, special=kind != USER_DEFINED, rstrip=strips and text not in PHI3_NOT_STRIPPED
+        )
         for token, (text, kind) in enumerate(zip(tokens, types))
         if kind in (UNKNOWN, CONTROL, USER_DEFINED)
     ]
@@ -79,15 +85,24 @@ def test_ids_are_those_of_the_reference(name, tmp_path):
         assert found["tokenizer.ggml.pre"] == fields["pre"]
         for key in ("bos_token_id", "eos_token_id"):
             assert found[f"tokenizer.ggml.{key}"] == fields[key]
-        texts = reference(name).with_suffix(".gguf.inp").read_text(encoding="utf-8").split("\n__ggml_vocab_test__\n")
+        texts = (
+            reference(name)
+            .with_suffix(".gguf.inp")
+            .read_text(encoding="utf-8")
+            .split("\n__ggml_vocab_test__\n")
+        )
         lines = reference(name).with_suffix(".gguf.out").read_text().split("\n")
-        answers = {text: [int(token) for token in line.split()] for text, line in zip(texts, lines, strict=True)}
+        answers = {
+            text: [int(token) for token in line.split()] for text, line in zip(texts, lines, strict=True)
+        }
         assert_same_ids(stock, answers.__getitem__, texts, parse_special=False)
         # llama.cpp's general regexes, which deepseek-llm needs, are slow
         assert_same_ids(stock, by_tokenizers, islice(book_texts(), 1 if name == "deepseek-llm" else None))
         odd = odd_texts(["<s>", "</s>", "<|end|>", "<|endoftext|>"])
         # rare spaces are what the warning about deepseek-llm is about
-        assert_same_ids(stock, by_tokenizers, [text for text in odd if name != "deepseek-llm" or "\u3000" not in text])
+        assert_same_ids(
+            stock, by_tokenizers, [text for text in odd if name != "deepseek-llm" or "\u3000" not in text]
+        )
         upstream = Stock(reference(name))
         assert_same_ids(stock, upstream.ids, odd_texts())
         upstream.close()

@@ -1,7 +1,8 @@
-"""SentencePiece BPE: llama.cpp, with what was exported, splits text as the sentencepiece and tokenizers libraries do."""
+"""SentencePiece BPE: llama.cpp, with what was exported, splits text as sentencepiece and tokenizers do."""
 
 import functools
 import json
+import sys
 
 import pytest
 import sentencepiece
@@ -79,8 +80,10 @@ def test_ids_are_those_of_tokenizers(kind, folder):
 
 
 @needs_data
-def test_ids_on_books(kind, folder):
-    with stock_of(folder) as (_, stock):
+@pytest.mark.parametrize("from_json", [False, True])
+def test_ids_on_books(kind, from_json, tmp_path):
+    content = {"tokenizer": json_of(kind)} if from_json else {"model": model_of(kind)}
+    with stock_of(write_folder(tmp_path / "a", **content)) as (_, stock):
         assert_same_ids(stock, by_sentencepiece(kind), book_texts(), parse_special=False)
 
 
@@ -130,7 +133,10 @@ def test_phi3_takes_spaces_after_special_tokens_away(name, tmp_path):
         texts = [f"<|user|>\n Hi there<|end|>\n\n<|assistant|> \n x {text}" for text in odd_texts(PHI3)]
         assert_same_ids(stock, by_tokenizers(document), texts)
     ends = [vocabulary.metadata[f"tokenizer.ggml.{kind}_token_id"] for kind in ("eos", "eot")]
-    assert [vocabulary.metadata["tokenizer.ggml.tokens"][token] for token in ends] == ["<|endoftext|>", "<|end|>"]
+    assert [vocabulary.metadata["tokenizer.ggml.tokens"][token] for token in ends] == [
+        "<|endoftext|>",
+        "<|end|>",
+    ]
 
 
 def test_a_name_with_phi3_strips_nothing_where_the_tokenizer_does_not(kind, tmp_path):
@@ -173,7 +179,9 @@ def test_where_llama_cpp_puts_another_space(tmp_path):
 def test_metaspace_that_splits(tmp_path):
     metaspace = {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": "always", "split": True}
     folder = write_folder(tmp_path / "a", as_tokenizer_json(model_of("llama"), None, metaspace))
-    with pytest.raises(ExportError, match="Metaspace splits text at spaces, but the token '▁▁' reaches over one"):
+    with pytest.raises(
+        ExportError, match="Metaspace splits text at spaces, but the token '▁▁' reaches over one"
+    ):
         read_vocabulary(folder, {})
     apart = train_sentencepiece(allow_whitespace_only_pieces=False)
     document = as_tokenizer_json(apart, None, metaspace)
@@ -226,14 +234,27 @@ def test_merges_that_are_no_scores_are_warned_of(tmp_path):
         made.setdefault(left + right, [left, right])
     document["model"]["merges"] = list(made.values())  # one way to each token, as BpeTrainer has it
     vocabulary = read_vocabulary(write_folder(tmp_path / "a", document), {})
-    assert any("merges of this tokenizer cannot be written as scores" in warning for warning in vocabulary.warnings)
+    assert any(
+        "merges of this tokenizer cannot be written as scores" in warning for warning in vocabulary.warnings
+    )
 
 
 def test_a_stale_tokenizer_model_gives_way(tmp_path):
     document = as_tokenizer_json(train_sentencepiece(vocab_size=2000), SPACES_WITH_ONE_BEFORE)
     with stock_of(write_folder(tmp_path / "a", document, model_of("llama"))) as (vocabulary, stock):
-        assert vocabulary.warnings == ("tokenizer.model holds other tokens than tokenizer.json. The latter was used.",)
+        assert vocabulary.warnings == (
+            "tokenizer.model holds other tokens than tokenizer.json. The latter was used.",
+        )
         assert_same_ids(stock, by_tokenizers(document), odd_texts(SPECIALS["llama"]))
+
+
+def test_without_the_sentencepiece_package(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    with pytest.raises(
+        ExportError,
+        match=r'tokenizer.model: reading it needs sentencepiece: pip install "edgeinfer\[export\]"',
+    ):
+        read_vocabulary(write_folder(tmp_path / "a", model=model_of("llama")), {})
 
 
 def test_special_tokens_that_are_normalized_are_warned_of(tmp_path):
@@ -242,7 +263,7 @@ def test_special_tokens_that_are_normalized_are_warned_of(tmp_path):
     for token in document["added_tokens"]:
         token["normalized"] = True
     vocabulary = read_vocabulary(write_folder(tmp_path / "a", document), {})
-    assert any("finds special tokens only at the start of text or after a space" in w for w in vocabulary.warnings)
+    assert any("only at the start of text or after a space" in w for w in vocabulary.warnings)
 
 
 @pytest.mark.parametrize(
@@ -261,7 +282,10 @@ def test_models_that_llama_cpp_cannot_follow(options, message, tmp_path):
 
 @pytest.mark.parametrize(
     "options, message",
-    [({"normalization_rule_name": "nmt_nfkc"}, "nmt_nfkc"), ({"remove_extra_whitespaces": True}, "drops spaces")],
+    [
+        ({"normalization_rule_name": "nmt_nfkc"}, "nmt_nfkc"),
+        ({"remove_extra_whitespaces": True}, "drops spaces"),
+    ],
 )
 def test_models_that_change_text_are_warned_of(options, message, tmp_path):
     model = train_sentencepiece(vocab_size=1500, **options)

@@ -20,7 +20,16 @@ from trained_tokenizers import (
 from edgeinfer.errors import ExportError
 from edgeinfer.exporters.vocabulary import read_vocabulary
 
-NAMES = ["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<stop a>", "<stop b>", "<stop c>", "<pad>"]
+NAMES = [
+    "<|begin_of_text|>",
+    "<|end_of_text|>",
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<stop a>",
+    "<stop b>",
+    "<stop c>",
+    "<pad>",
+]
 BOS, EOS, EOT, EOM, STOP_A, STOP_B, STOP_C, PAD = range(8)
 
 
@@ -36,7 +45,9 @@ def llama():
 
 def without(document, *texts):
     """The same tokens, of which some are not called special."""
-    return document | {"added_tokens": [token for token in document["added_tokens"] if token["content"] not in texts]}
+    return document | {
+        "added_tokens": [token for token in document["added_tokens"] if token["content"] not in texts]
+    }
 
 
 def template(before=(), after=()):
@@ -50,11 +61,19 @@ def template(before=(), after=()):
 def metadata_of(folder, config=None):
     """Without the prefix of the keys, and without lists."""
     metadata = read_vocabulary(folder, config or {}).metadata
-    return {key.removeprefix("tokenizer.ggml."): value for key, value in metadata.items() if not isinstance(value, list)}
+    return {
+        key.removeprefix("tokenizer.ggml."): value
+        for key, value in metadata.items()
+        if not isinstance(value, list)
+    }
 
 
 def test_ids_by_the_tokenizers_own_names(tmp_path):
-    settings = {"bos_token": NAMES[BOS], "eos_token": {"content": NAMES[EOT], "lstrip": False}, "pad_token": NAMES[PAD]}
+    settings = {
+        "bos_token": NAMES[BOS],
+        "eos_token": {"content": NAMES[EOT], "lstrip": False},
+        "pad_token": NAMES[PAD],
+    }
     config = {"bos_token_id": 200, "eos_token_id": [201, 202], "pad_token_id": 203}
     found = metadata_of(write_folder(tmp_path / "a", byte_level(), tokenizer_config=settings), config)
     assert (found["bos_token_id"], found["eos_token_id"], found["padding_token_id"]) == (BOS, EOT, PAD)
@@ -62,7 +81,9 @@ def test_ids_by_the_tokenizers_own_names(tmp_path):
 
 def test_ids_by_special_tokens_map(tmp_path):
     names = {"bos_token": NAMES[BOS], "eos_token": NAMES[EOS], "unk_token": NAMES[STOP_A]}
-    found = metadata_of(write_folder(tmp_path / "a", byte_level(), special_tokens_map=names), {"eos_token_id": 7})
+    found = metadata_of(
+        write_folder(tmp_path / "a", byte_level(), special_tokens_map=names), {"eos_token_id": 7}
+    )
     assert (found["bos_token_id"], found["eos_token_id"], found["unknown_token_id"]) == (BOS, EOS, STOP_A)
 
 
@@ -74,13 +95,20 @@ def test_ids_by_the_models_files_where_the_tokenizer_has_no_names(tmp_path):
 
 
 def test_ids_that_no_token_has_do_not_count(tmp_path):
-    config = {"bos_token_id": -1, "eos_token_id": [99_999, EOS], "pad_token_id": True, "text_config": {"pad_token_id": PAD}}
+    config = {
+        "bos_token_id": -1,
+        "eos_token_id": [99_999, EOS],
+        "pad_token_id": True,
+        "text_config": {"pad_token_id": PAD},
+    }
     found = metadata_of(write_folder(tmp_path / "a", byte_level()), config)
     assert (found["bos_token_id"], found["eos_token_id"], found["padding_token_id"]) == (BOS, EOS, PAD)
 
 
 def test_ends_of_turn_and_message_are_found_by_name(tmp_path):
-    found = metadata_of(write_folder(tmp_path / "a", byte_level(), tokenizer_config={"eos_token": NAMES[EOS]}))
+    found = metadata_of(
+        write_folder(tmp_path / "a", byte_level(), tokenizer_config={"eos_token": NAMES[EOS]})
+    )
     assert (found["eot_token_id"], found["eom_token_id"]) == (EOT, EOM)
 
 
@@ -94,7 +122,9 @@ def test_further_ends_that_the_model_lists_are_ends_in_llama_cpp(tmp_path):
         ends = {token for token in range(8) if llama_cpp.llama_vocab_is_eog(stock.vocab, token)}
         assert ends >= {EOS, STOP_A, STOP_B}
         assert STOP_C not in ends
-        assert any("'<stop c>'. llama.cpp will not stop at them" in warning for warning in vocabulary.warnings)
+        assert any(
+            "'<stop c>'. llama.cpp will not stop at them" in warning for warning in vocabulary.warnings
+        )
 
 
 def test_no_end_is_warned_of(tmp_path):
@@ -123,7 +153,8 @@ def test_whether_begin_and_end_are_added(settings, processor, expected, tmp_path
     if processor:
         around = processor["processors"][1]
         around["special_tokens"] = {
-            NAMES[token]: {"id": NAMES[token], "ids": [token], "tokens": [NAMES[token]]} for token in (BOS, EOS)
+            NAMES[token]: {"id": NAMES[token], "ids": [token], "tokens": [NAMES[token]]}
+            for token in (BOS, EOS)
         }
         around["pair"] = [*around["single"], {"Sequence": {"id": "B", "type_id": 1}}]
         processor["processors"][0] = GPT2
@@ -178,7 +209,11 @@ def test_tokens_that_are_special_by_name_only(tmp_path):
     document = without(byte_level(), *NAMES)
     names = {"eos_token": NAMES[EOS], "additional_special_tokens": [{"content": NAMES[STOP_A]}]}
     vocabulary = read_vocabulary(write_folder(tmp_path / "a", document, tokenizer_config=names), {})
-    control = [t for t, kind in enumerate(vocabulary.metadata["tokenizer.ggml.token_type"]) if kind == gguf.TokenType.CONTROL]
+    control = [
+        t
+        for t, kind in enumerate(vocabulary.metadata["tokenizer.ggml.token_type"])
+        if kind == gguf.TokenType.CONTROL
+    ]
     assert control == [EOS, STOP_A]
 
 
@@ -187,9 +222,15 @@ def test_added_tokens_of_all_files(tmp_path):
     document = llama()
     size = len(document["model"]["vocab"])
     document = document | {"added_tokens": document["added_tokens"] + [added_token(size, "<a>")]}
-    decoder = {str(size): added_token(size, "<a>", special=False), str(size + 1): added_token(size + 1, "<b>")}
+    decoder = {
+        str(size): added_token(size, "<a>", special=False),
+        str(size + 1): added_token(size + 1, "<b>"),
+    }
     folder = write_folder(
-        tmp_path / "a", document, tokenizer_config={"added_tokens_decoder": decoder}, added_tokens={"<c>": size + 2}
+        tmp_path / "a",
+        document,
+        tokenizer_config={"added_tokens_decoder": decoder},
+        added_tokens={"<c>": size + 2},
     )
     metadata = read_vocabulary(folder, {}).metadata
     assert metadata["tokenizer.ggml.tokens"][size:] == ["<a>", "<b>", "<c>"]
@@ -237,7 +278,9 @@ def test_chat_template_of_tokenizer_config(tmp_path):
 def test_named_chat_templates_are_as_the_gguf_package_writes_them(way, tmp_path):
     named = {"default": CHAT, "tool_use": CHAT + "tools", "rag-2": CHAT + "rag"}
     listed = [{"name": name, "template": text} for name, text in named.items()]
-    folder = write_folder(tmp_path / "a", byte_level(), tokenizer_config={"chat_template": listed if way == "list" else None})
+    folder = write_folder(
+        tmp_path / "a", byte_level(), tokenizer_config={"chat_template": listed if way == "list" else None}
+    )
     if way == "files":
         (folder / "chat_template.jinja").write_text(named.pop("default"), encoding="utf-8")
         (folder / "additional_chat_templates").mkdir()
@@ -247,13 +290,17 @@ def test_named_chat_templates_are_as_the_gguf_package_writes_them(way, tmp_path)
     writer.add_chat_template(listed)
     expected = {key: field.value for key, field in writer.kv_data[0].items() if "chat_template" in key}
     writer.close()
-    found = {key: value for key, value in read_vocabulary(folder, {}).metadata.items() if "chat_template" in key}
+    found = {
+        key: value for key, value in read_vocabulary(folder, {}).metadata.items() if "chat_template" in key
+    }
     for metadata in (expected, found):
         metadata["tokenizer.chat_templates"] = sorted(metadata["tokenizer.chat_templates"])
     assert found == expected
 
 
-@pytest.mark.parametrize("template", [7, [{"name": 1}], [{"name": "a", "template": None}], "x" * (1 << 20) + "x", "\ud800"])
+@pytest.mark.parametrize(
+    "template", [7, [{"name": 1}], [{"name": "a", "template": None}], "x" * (1 << 20) + "x", "\ud800"]
+)
 def test_chat_templates_that_are_no_text(template, tmp_path):
     folder = write_folder(tmp_path / "a", byte_level(), tokenizer_config={"chat_template": template})
     with pytest.raises(ExportError, match="tokenizer_config.json: .*chat template"):
