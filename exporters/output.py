@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import filecmp
 import os
 import secrets
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 
@@ -15,11 +17,12 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Target:
-    """`with Target(path, force) as part:` gives a path to write to; leaving it without an error puts that in place.
+    """`with Target(path, force) as part:` gives a path to write to; leaving it without an error puts that in
+    place.
 
-    `folder`: a folder is made (and `part` is it); otherwise a file. An error, Ctrl-C too, removes what was written.
-    Raises ExportError: the target exists and `force` is not given, its folder is missing or cannot be written to, and
-    where the disk is full.
+    `folder`: a folder is made (and `part` is it); otherwise a file. An error, Ctrl-C too, removes what was
+    written. Raises ExportError: the target exists and `force` is not given, its folder is missing or cannot
+    be written to, and where the disk is full.
     """
 
     def __init__(self, path: str | os.PathLike, force: bool = False, folder: bool = False):
@@ -34,7 +37,9 @@ class Target:
             raise ExportError(f"The folder for the result does not exist: {parent}. Make it first.")
         if self.path.is_dir() != self._folder and self.path.exists():
             wanted, found = ("folder", "file") if self._folder else ("file", "folder")
-            raise ExportError(f"The result is a {wanted}, but a {found} is there: {self.path}. Give another -o.")
+            raise ExportError(
+                f"The result is a {wanted}, but a {found} is there: {self.path}. Give another -o."
+            )
         if not force and os.path.lexists(self.path):
             raise ExportError(f"{self.path} exists already. Give another -o, or --force to replace it.")
         if not os.access(parent, os.W_OK | os.X_OK):
@@ -47,7 +52,9 @@ class Target:
             else:
                 self._part.touch(exist_ok=False)
         except OSError as error:
-            raise ExportError(f"{self.path} cannot be written: {error.strerror}. Choose another -o.") from error
+            raise ExportError(
+                f"{self.path} cannot be written: {error.strerror}. Choose another -o."
+            ) from error
         return self._part
 
     def __exit__(
@@ -61,10 +68,7 @@ class Target:
         finally:
             self._remove_part()
         if isinstance(error, OSError) and error.errno in _NO_ROOM:
-            raise ExportError(
-                f"The disk is full, or the file would be too large for it: {self.path} was not written "
-                f"({error.strerror}). Free some space, or choose another -o."
-            ) from error
+            raise _no_room(self.path, error) from error
         if kind is None and error is not None:
             raise ExportError(f"{self.path} could not be put in place: {error}.") from error
 
@@ -89,6 +93,103 @@ class Target:
             shutil.rmtree(self._part, ignore_errors=True)
         else:
             self._part.unlink(missing_ok=True)
+
+
+class TargetGroup:
+    """`with TargetGroup(path, others, force) as folder:` gives a folder; the files written there are put in
+    place together, beside `path` and under their own names, `path` itself last.
+
+    `replaced`: names that are this result's own: where it is replaced they go, even when no new ones come.
+    `others`: names that other results may share (a tokenizer's): they may be there already with the same
+    content. An error, Ctrl-C too, leaves what was there. Raises what Target raises, and ExportError where
+    another file is in the way.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        force: bool = False,
+        replaced: Iterable[str] = (),
+        others: Iterable[str] = (),
+    ):
+        self.path = Path(path)
+        self._force = force
+        self._own = [self.path.name, *replaced]
+        self._names = [*others, *reversed(self._own)]
+        for name in self._own:
+            Target(self.path.with_name(name), force)
+        self._part = self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}.part")
+
+    def __enter__(self) -> Path:
+        try:
+            self._part.mkdir()
+        except OSError as error:
+            raise ExportError(
+                f"{self.path} cannot be written: {error.strerror}. Choose another -o."
+            ) from error
+        return self._part
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self._put_in_place()
+        except OSError as failure:
+            error = failure
+        finally:
+            shutil.rmtree(self._part, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno in _NO_ROOM:
+            raise _no_room(self.path, error) from error
+        if kind is None and error is not None:
+            raise ExportError(f"{self.path} could not be put in place: {error}.") from error
+
+    def _put_in_place(self) -> None:
+        names = [name for name in self._names if self._is_new(name)]
+        for name in names:
+            _flush(self._part / name)
+        aside = self._part / "replaced"
+        aside.mkdir()
+        moved: list[tuple[Path, Path]] = []
+        try:
+            # the model goes first and comes last: what is seen under its name is never half of one and half
+            # of another
+            for name in dict.fromkeys([self.path.name, *self._own, *names]):
+                if os.path.lexists(self.path.with_name(name)):
+                    moved.append(_move(self.path.with_name(name), aside / name))
+            for name in names:
+                moved.append(_move(self._part / name, self.path.with_name(name)))
+        except OSError:
+            for before, after in reversed(moved):
+                os.rename(after, before)
+            raise
+
+    def _is_new(self, name: str) -> bool:
+        new, old = self._part / name, self.path.with_name(name)
+        if not new.exists():
+            return False
+        if name in self._own or not os.path.lexists(old):
+            return True
+        if old.is_file() and filecmp.cmp(new, old, shallow=False):
+            return False
+        if not self._force:
+            raise ExportError(
+                f"{old} is there already and belongs to another model. Give -o in a folder of its own, or "
+                "--force."
+            )
+        return True
+
+
+def _move(before: Path, after: Path) -> tuple[Path, Path]:
+    os.rename(before, after)
+    return before, after
+
+
+def _no_room(path: Path, error: OSError) -> ExportError:
+    return ExportError(
+        f"The disk is full, or the file would be too large for it: {path} was not written "
+        f"({error.strerror}). Free some space, or choose another -o."
+    )
 
 
 def _flush(path: Path) -> None:

@@ -6,7 +6,7 @@ import os
 import pytest
 
 from edgeinfer.errors import ExportError
-from edgeinfer.exporters.output import Target
+from edgeinfer.exporters.output import Target, TargetGroup
 
 
 def test_a_file_appears_when_it_is_done(tmp_path):
@@ -64,3 +64,97 @@ def test_a_missing_folder_and_the_wrong_kind(tmp_path):
         Target(tmp_path / "none" / "out.gguf")
     with pytest.raises(ExportError, match="a folder is there"):
         Target(tmp_path, force=True)
+
+
+def _group(path, **options):
+    return TargetGroup(path, replaced=[f"{path.name}.data"], others=["tokenizer.json"], **options)
+
+
+def _contents(folder):
+    return {path.name: path.read_text() for path in folder.iterdir()}
+
+
+def test_files_that_belong_together_appear_together(tmp_path):
+    with _group(tmp_path / "m.onnx") as folder:
+        for name in ("m.onnx", "m.onnx.data", "tokenizer.json", "scratch"):
+            (folder / name).write_text(name)
+        assert [path.name for path in tmp_path.iterdir()] == [folder.name]
+    assert _contents(tmp_path) == {name: name for name in ("m.onnx", "m.onnx.data", "tokenizer.json")}
+
+
+@pytest.mark.parametrize("stop", [ValueError, KeyboardInterrupt])
+def test_of_files_that_belong_together_nothing_is_left_behind(tmp_path, stop):
+    with pytest.raises(stop):
+        with _group(tmp_path / "m.onnx") as folder:
+            (folder / "m.onnx.data").write_text("half")
+            raise stop
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_replacing_takes_the_old_data_along(tmp_path):
+    for name in ("m.onnx", "m.onnx.data"):
+        (tmp_path / name).write_text("old")
+    with pytest.raises(ExportError, match="exists already.*--force"):
+        _group(tmp_path / "m.onnx")
+    with pytest.raises(ValueError):
+        with _group(tmp_path / "m.onnx", force=True) as folder:
+            (folder / "m.onnx").write_text("new")
+            raise ValueError
+    assert _contents(tmp_path) == {"m.onnx": "old", "m.onnx.data": "old"}
+    with _group(tmp_path / "m.onnx", force=True) as folder:
+        (folder / "m.onnx").write_text("new")
+    assert _contents(tmp_path) == {"m.onnx": "new"}
+
+
+def test_data_of_another_model_is_not_written_over(tmp_path):
+    (tmp_path / "m.onnx.data").write_text("another's")
+    with pytest.raises(ExportError, match="m.onnx.data exists already"):
+        _group(tmp_path / "m.onnx")
+
+
+def test_the_model_comes_last_and_goes_first(tmp_path, monkeypatch):
+    for name in ("m.onnx", "m.onnx.data"):
+        (tmp_path / name).write_text("old")
+    seen = []
+    rename = os.rename
+
+    def watched(before, after):
+        rename(before, after)
+        files = {path.name: path.read_text() for path in tmp_path.iterdir() if path.is_file()}
+        seen.append((files.get("m.onnx"), files.get("m.onnx.data")))
+
+    monkeypatch.setattr(os, "rename", watched)
+    with _group(tmp_path / "m.onnx", force=True) as folder:
+        for name in ("m.onnx", "m.onnx.data"):
+            (folder / name).write_text("new")
+    assert seen == [(None, "old"), (None, None), (None, "new"), ("new", "new")]
+
+
+def test_what_was_there_comes_back_where_a_rename_fails(tmp_path, monkeypatch):
+    for name in ("m.onnx", "m.onnx.data"):
+        (tmp_path / name).write_text("old")
+    rename = os.rename
+
+    def failing(before, after):
+        if os.fspath(after) == os.fspath(tmp_path / "m.onnx") and "replaced" not in os.fspath(before):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        rename(before, after)
+
+    monkeypatch.setattr(os, "rename", failing)
+    with pytest.raises(ExportError, match="could not be put in place"):
+        with _group(tmp_path / "m.onnx", force=True) as folder:
+            for name in ("m.onnx", "m.onnx.data"):
+                (folder / name).write_text("new")
+    assert _contents(tmp_path) == {"m.onnx": "old", "m.onnx.data": "old"}
+
+
+def test_a_tokenizer_is_shared_only_where_it_is_the_same(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("one")
+    with _group(tmp_path / "a.onnx") as folder:
+        (folder / "a.onnx").write_text("a")
+        (folder / "tokenizer.json").write_text("one")
+    with pytest.raises(ExportError, match="tokenizer.json is there already and belongs to another model"):
+        with _group(tmp_path / "b.onnx") as folder:
+            (folder / "b.onnx").write_text("b")
+            (folder / "tokenizer.json").write_text("two")
+    assert _contents(tmp_path) == {"a.onnx": "a", "tokenizer.json": "one"}
