@@ -74,15 +74,11 @@ class Chooser:
 
     def choose(self, num_bytes: int) -> Choice:
         """The best types for a file of `num_bytes` at most. Raises ExportError where none is so small."""
-        bits = 8 * num_bytes / max(1, self._file.num_parameters)
-        found = None
-        if bits >= _SLOW_BELOW_BITS:
-            fast = {
-                name: [option for option in options if not option.name.startswith(_SLOW)]
-                for name, options in self._items.items()
-            }
-            found = allocate(fast, num_bytes - self._base)
-        found = found or allocate(self._items, num_bytes - self._base)
+        items = self._items
+        if not _takes_slow_types(self._file, num_bytes):
+            fast = {name: [o for o in options if not o.name.startswith(_SLOW)] for name, options in items.items()}
+            items = fast if self._base + smallest_bytes(fast) <= num_bytes else items
+        found = allocate(items, num_bytes - self._base)
         if found is None:
             raise ExportError(
                 f"{self._file.paths[0]} cannot be made as small as {format_size(num_bytes)}: the smallest that can "
@@ -108,7 +104,7 @@ def measure(
     threads: int | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> Chooser:
-    """Measure on `text` what each tensor of `source` loses as each type, for files of about `num_bytes`.
+    """Measure on `text` what each tensor of `source` loses as each type, for files of `num_bytes` and larger ones.
 
     Takes the time of computing some windows of the text once for each tensor (96 groups of them at most). Raises
     ExportError, at once where no file can be so small, and what `quantize_gguf` and `perplexity` raise.
@@ -119,7 +115,7 @@ def measure(
     stored = {tensor.name: tensor.type for tensor in file.tensors}
     # What llama.cpp leaves as it is (norms, gates of experts) is not ours to round either.
     candidates = {
-        tensor.name: _candidates(tensor, importance)
+        tensor.name: _candidates(tensor, importance, _takes_slow_types(file, num_bytes))
         for tensor in file.tensors
         if planned[tensor.name] != stored[tensor.name]
     }
@@ -149,7 +145,11 @@ def target_bytes(size: str, file: ModelFile) -> int:
     return int(file.file_bytes * share / 100)
 
 
-def _candidates(tensor: TensorInfo, importance: Importance) -> list[str]:
+def _takes_slow_types(file: ModelFile, num_bytes: int) -> bool:
+    return 8 * num_bytes / max(1, file.num_parameters) < _SLOW_BELOW_BITS
+
+
+def _candidates(tensor: TensorInfo, importance: Importance, slow: bool) -> list[str]:
     known = tensor.name in importance.sums
     largest = padded_bytes(tensor.shape, tensor.type)
 
@@ -158,6 +158,7 @@ def _candidates(tensor: TensorInfo, importance: Importance) -> list[str]:
             tensor.shape[0] % BLOCKS[type].block_size == 0
             and padded_bytes(tensor.shape, type) < largest
             and (known or not needs_importance(tensor.name, type))
+            and (slow or not type.startswith(_SLOW))
         )
 
     return [type for type in CANDIDATES if fits(type)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ STOCK = ("Q2_K", "Q3_K_S", "Q3_K_M", "IQ4_XS", "Q4_0", "Q4_K_S", "Q4_K_M", "Q5_K
 AUTO_AT = ("Q2_K", "Q3_K_M", "Q4_K_S", "Q4_K_M", "Q5_K_M", "Q6_K")
 PLAIN, WEIGHTED, AUTO = "stock type", "with importance matrix", "auto"
 
-WIDTH, HEIGHT = 900, 520
+WIDTH, HEIGHT = 900, 480
 _PLOT = Frame(80, 84, 620, 350)
 _STYLE = {PLAIN: COLOURS[7], WEIGHTED: COLOURS[0], AUTO: COLOURS[1]}
 _HIGHEST = 1.25  # of the source's perplexity: what is worse is drawn at the upper edge
@@ -122,13 +123,22 @@ def _axes(
     values: tuple[float, float],
 ) -> list[str]:
     parts = []
-    for share in (0, 0.25, 0.5, 0.75, 1):
-        value = values[0] + share * (values[1] - values[0])
-        size = sizes[0] + share * (sizes[1] - sizes[0])
+    for value in round_steps(*values):
         parts.append(line(_PLOT.left, y(value), _PLOT.x(1), y(value), GRID))
-        parts.append(text(_PLOT.left - 8, y(value) + 4, f"{value:.4g}", anchor="end"))
-        parts.append(text(x(size), _PLOT.y(0) + 20, format_size(round(size)), anchor="middle"))
+        parts.append(text(_PLOT.left - 8, y(value) + 4, f"{value:.6g}", anchor="end"))
+    unit = 1024 ** max(0, (int(sizes[1]).bit_length() - 1) // 10)
+    for size in round_steps(sizes[0] / unit, sizes[1] / unit):
+        parts.append(line(x(size * unit), _PLOT.top, x(size * unit), _PLOT.y(0), GRID))
+        parts.append(text(x(size * unit), _PLOT.y(0) + 20, format_size(round(size * unit)), anchor="middle"))
     return parts
+
+
+def round_steps(low: float, high: float, about: int = 5) -> list[float]:
+    """Values from `low` to `high` that people like to read, about so many."""
+    rough = (high - low) / about or abs(high) or 1.0
+    power = 10 ** math.floor(math.log10(rough))
+    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * 0.999)
+    return [step * i for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
 def _series(
@@ -147,7 +157,7 @@ def _series(
         parts.append(_mark(series, left, top))
         beyond = f" ({value:.4g})" if value > highest else ""
         if series == PLAIN:
-            turned = f'transform="rotate(-40 {left + 6} {top - 7})" fill="#555555"'
+            turned = f'transform="rotate(-55 {left + 6} {top - 7})" fill="#555555"'
             parts.append(text(left + 6, top - 7, point.label + beyond, size=10, more=turned))
     return parts
 

@@ -84,6 +84,7 @@ def operations() -> Operations:
         weights = Node.from_address(experts)
         same = (
             (weights.type, tuple(weights.ne), tuple(weights.nb)) == (_F32, (32, 5, 7, 1), (4, 128, 640, 4480))
+            and Node.from_address(ids).type == _I32
             and weights.data == ggml.get_data(experts)
             and weights.name == b"edgeinfer.name"
             and tuple(routed.src[:4]) == (experts, vectors, ids, None)

@@ -43,7 +43,8 @@ def perplexity(
     of what the model was trained for, if that is less); a rest at the end is dropped. A BOS takes the place of each
     window's first token. Each window is computed alone, and its tokens `context // 2 + 1` to the last are scored, by
     the natural logarithm of the probability that the model gives each of them. The value is exp(-mean), its error the
-    standard error of the mean times the value.
+    standard error of the mean times the value. Attention is what llama.cpp takes by itself (flash attention, a cache
+    in float16); weights are not repacked.
 
     `memory`: stay within so many bytes, by streaming where the model is larger (None: what is free). Raises
     ExportError where the text has not one window, and what `edgeinfer.load` raises.

@@ -62,7 +62,8 @@ def _parameters(request: Request, floats: list[np.ndarray]) -> tuple[object, lis
         if isinstance(value, int):
             entry.tag, entry.value.val_i64 = _INT, value
         else:
-            entry.tag, entry.value.val_str = _STR, value.encode()[:_MAX_STRING_BYTES]
+            text = value.encode("utf-8", "replace")[:_MAX_STRING_BYTES].decode("utf-8", "ignore")
+            entry.tag, entry.value.val_str = _STR, text.encode()
     params.kv_overrides = values
     matrices = (llama_cpp.llama_model_imatrix_data * (len(floats) + 1))()
     for entry, (name, count), data in zip(matrices, request.importance, floats):

@@ -17,12 +17,14 @@ from edgeinfer.errors import ExportError
 
 if TYPE_CHECKING:
     from edgeinfer.exporters.auto_bits import Choice, Chooser
+    from edgeinfer.exporters.curve import Point
     from edgeinfer.exporters.importance import Importance
     from edgeinfer.exporters.perplexity import Perplexity
     from edgeinfer.exporters.quantize import QuantizeReport
 
 AUTO = "auto"
 BUNDLED = "bundled page"
+_SMALLEST_DRAWN_BITS = 3.5
 
 
 @dataclass(frozen=True)
@@ -169,6 +171,7 @@ class _Run:
         self.chooser: Chooser | None = None
         self.choice: Choice | None = None
         self.scores: dict[str, Perplexity] = {}
+        self.points: list[Point] = []
 
     def run(self) -> dict[str, Any]:
         from edgeinfer.exporters.output import Target
@@ -212,8 +215,16 @@ class _Run:
         return text
 
     def _choose(self, text: str) -> None:
-        self.chooser = self._measure(text, self.job.num_bytes)
+        num_bytes = self.job.num_bytes
+        if self.job.picture is not None:  # which shows smaller files too
+            num_bytes = min(num_bytes, self._smallest_drawn())
+        self.chooser = self._measure(text, num_bytes)
         self.choice = self.chooser.choose(self.job.num_bytes)
+
+    def _smallest_drawn(self) -> int:
+        from edgeinfer.modelfile import read_model_file
+
+        return int(_SMALLEST_DRAWN_BITS * read_model_file(self.job.source).num_parameters / 8)
 
     def _measure(self, text: str, num_bytes: int) -> Chooser:
         from edgeinfer.exporters.auto_bits import measure
@@ -266,9 +277,9 @@ class _Run:
 
         job, file = self.job, read_model_file(self.job.source)
         if self.chooser is None and text is not None:
-            self.chooser = self._measure(text, file.file_bytes)
+            self.chooser = self._measure(text, self._smallest_drawn())
         with ProgressLine("Measuring other types") as progress:
-            points = measure_curve(
+            self.points = measure_curve(
                 job.source,
                 job.check,
                 self.importance,
@@ -278,9 +289,8 @@ class _Run:
                 memory=job.memory,
                 progress=progress,
             )
-        svg = draw_curve(file.name, file.file_bytes, self.scores["before"], points)
+        svg = draw_curve(file.name, file.file_bytes, self.scores["before"], self.points)
         drawn.write_text(svg, encoding="utf-8")
-        self.points = points
 
     def _facts(self, report: QuantizeReport) -> dict[str, Any]:
         job, importance = self.job, self.importance
@@ -307,11 +317,17 @@ class _Run:
             facts["size_asked_for"] = job.num_bytes
             facts["predicted_divergence"] = self.choice.divergence
         if self.scores:
-            facts["perplexity"] = {
-                name: {"value": score.value, "error": score.error, "tokens": score.tokens}
-                for name, score in self.scores.items()
-            }
+            facts["perplexity"] = {name: _score(score) for name, score in self.scores.items()}
+        if self.points:
+            facts["curve"] = [
+                {"series": p.series, "label": p.label, "bytes": p.num_bytes, **_score(p.perplexity)}
+                for p in self.points
+            ]
         return facts
+
+
+def _score(score: Perplexity) -> dict[str, float]:
+    return {"value": score.value, "error": score.error, "tokens": score.tokens}
 
 
 def table(facts: dict[str, Any]) -> str:
