@@ -168,7 +168,7 @@ class DecoderEngine:
             ) from error
         names = [self._logits.name, *self._pairs.values()]
         results = dict(zip(names, binding.get_outputs()))
-        self.logits = results[self._logits.name].numpy()[0, -1]
+        self.logits = results[self._logits.name].numpy()[0, -1].copy()  # not a view of what is bound
         self._cache.take(results)
         self.position = end
 

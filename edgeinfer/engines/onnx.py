@@ -98,17 +98,6 @@ class OnnxModel:
         stages, and once it is closed."""
         return self._runner.session if isinstance(self._runner, StockModel) else None
 
-    def run_again(self, feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
-        """All outputs in their order for `feeds` that `run` has taken before, names, types and shapes alike.
-
-        Nothing is checked where one stock session holds the model: a check would slow small steps by a few per cent.
-        """
-        with self._running:
-            if isinstance(self._runner, StockModel):
-                self._passes += 1
-                return self._runner.run_again(feeds)
-        return list(self.run(feeds).values())
-
     def stream(
         self, *, form: str | None = None, state: Mapping[str, str] | None = None, rate: int | None = None
     ) -> ModelStream:

@@ -32,20 +32,11 @@ class StockModel:
         found = what_computes(choice, self.session)
         self.plan = replace(plan, provider=found.name, provider_reason=found.reason)
         self._path = path
-        self._names = [port.name for port in self.session.get_outputs()]
 
     def run(self, feeds: Mapping[str, np.ndarray], wanted: Sequence[str]) -> dict[str, np.ndarray]:
         """The `wanted` outputs by name."""
         with explained(self._path):
             return dict(zip(wanted, self.session.run(list(wanted), dict(feeds))))
-
-    def run_again(self, feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
-        """All outputs, as stock ONNX Runtime gives them."""
-        try:
-            return self.session.run(self._names, feeds)
-        except Exception:
-            with explained(self._path):
-                raise
 
     def read_pass(self) -> int:
         return 0

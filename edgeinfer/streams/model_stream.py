@@ -12,6 +12,7 @@ import numpy as np
 from edgeinfer.errors import InputError
 from edgeinfer.forms import Form, PictureInput, find_form
 from edgeinfer.onnx.ports import Port
+from edgeinfer.streams.bound import BoundSteps
 from edgeinfer.streams.framing import make_frames
 from edgeinfer.streams.state import candidates, find_state, zero_state
 
@@ -55,7 +56,8 @@ class ModelStream:
         self._inputs = {port.name: port for port in model.inputs}
         known = {**(self.form.state if self.form else {}), **(state or {})}
         self.state = find_state(model.inputs, model.outputs, known)
-        self._names = [port.name for port in model.outputs]
+        self._hidden = frozenset(self.state.values())
+        self._can_bind = True
         self._watched = self.form.gate.output if self.form and self.form.gate else ""
         self._values = self._fixed_values(rate)
         self.input = self._find_input()
@@ -164,9 +166,9 @@ class ModelStream:
 
     def forget_state(self) -> None:
         """The next step is computed as the first one was; the position is kept."""
-        states = {name: zero_state(self._inputs[name]) for name in self.state}
-        self._feeds = {**self._values, **states}
-        self._checked: tuple[int, ...] | None = None
+        self._first = {name: zero_state(self._inputs[name]) for name in self.state}
+        self._feeds = {**self._values, **self._first}
+        self._bound: BoundSteps | None = None
 
     def over(self, pieces: Iterable[Any], late: str = "wait", depth: int = 32) -> Iterator[Step]:
         """The steps for `pieces`, which a thread of its own takes while steps are computed. See
@@ -204,39 +206,60 @@ class ModelStream:
         return Step(float(self._position - 1), 0.0, outputs, self._watch(outputs), picture, placement)
 
     def _through(self, frames: list[np.ndarray]) -> list[Step]:
-        hop, rate, steps, spectra = self._frames.hop, self.rate, [], []
+        hop, rate, end = self._frames.hop, self.rate, self._position
+        spectrum = self.framing.output if self.makes_sound else None
+        steps, spectra = [], []
         at = self._start + self._stepped * hop
         for frame in frames:
             outputs = self._step(frame)
-            if self.makes_sound:
-                spectra.append(outputs.pop(self.framing.output))
-            seconds = max(0, min(hop, self._position - at)) / rate
+            if spectrum is not None:
+                spectra.append(outputs.pop(spectrum))
+            seconds = (hop if at + hop <= end else max(0, end - at)) / rate
             steps.append(Step(at / rate, seconds, outputs, self._watch(outputs)))
             at += hop
         self._stepped += len(frames)
-        if self.makes_sound:
-            sound = self._frames.restore(spectra)[: self._position - self._start - self._restored]
+        if spectrum is not None:
+            sound = self._frames.restore(spectra)[: end - self._start - self._restored]
             self._restored += len(sound)
             self._sound.append(sound)
         return steps
 
     def _step(self, data: np.ndarray) -> dict[str, np.ndarray]:
-        """One run of the model; the first one of a shape is checked. Its new state is fed to the next one."""
+        """One run of the model, whose new state is the next one's. The first run of a shape is checked; those
+        that follow are bound to it, where one session holds the model."""
+        self.steps += 1
+        bound = self._bound
+        if bound is not None and data.shape == bound.shape:
+            try:
+                return bound.run(data)
+            except (
+                Exception
+            ):  # outputs change their shapes, or the model fails: then the checked run says why
+                self._can_bind = False
+        self._unbind()
         feeds = self._feeds
         feeds[self.input.name] = data
-        if data.shape == self._checked:
-            outputs = dict(zip(self._names, self.model.run_again(feeds)))
-        else:
-            outputs = self.model.run(feeds)
-            self._checked = data.shape
+        outputs = self.model.run(feeds)
         for name, output in self.state.items():
-            feeds[name] = outputs.pop(output)
-        self.steps += 1
-        return outputs
+            feeds[name] = outputs[output]
+        session = self.model.session
+        if (
+            self._can_bind
+            and session is not None
+            and all(array.dtype != object for array in outputs.values())
+        ):
+            if all(feeds[name].shape == self._first[name].shape for name in self.state):
+                self._bound = BoundSteps(session, self.input.name, feeds, outputs, self.state)
+        return {name: array for name, array in outputs.items() if name not in self._hidden}
+
+    def _unbind(self) -> None:
+        if self._bound is not None:
+            self._feeds.update(self._bound.current_state())
+            self._bound = None
 
     def _watch(self, outputs: Mapping[str, np.ndarray]) -> float | None:
         watched = outputs.get(self._watched)
-        return None if watched is None else float(watched.flat[0])
+        return None if watched is None else watched.item(0)
 
 
 def _samples(data: Any) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from onnx import helper
 from onnx_kit import AUDIO, MODELS, bare_session, needs_data, read_wav, running_sum
 from onnx_kit import save_model as save
 
@@ -184,8 +185,6 @@ def test_pairs_that_are_named_count(tmp_path):
 
 
 def test_a_model_without_state_runs_frame_by_frame(tmp_path):
-    from onnx import helper
-
     path = save(
         tmp_path / "m.onnx",
         [helper.make_node("Neg", ["x"], ["y"])],
@@ -211,3 +210,47 @@ def test_nan_passes_through(tmp_path):
         stream.feed(np.array([[1, np.nan, 2, 3]], np.float32))
         after = stream.feed(np.ones((1, 4), np.float32))[0].outputs["y"]
     np.testing.assert_array_equal(after, [[2, np.nan, 3, 4]])
+
+
+def test_outputs_may_change_their_size_from_step_to_step(tmp_path):
+    """Where something is found, and how often, depends on the frame; the state goes on all the same."""
+    nodes = [
+        helper.make_node("NonZero", ["x"], ["places"]),
+        helper.make_node("Add", ["x", "h"], ["hn"]),
+    ]
+    ports = [("x", np.float32, [4]), ("h", np.float32, [4])]
+    path = save(tmp_path / "m.onnx", nodes, ports, [("places", np.int64, [1, "n"]), ("hn", np.float32, [4])])
+    frames = np.array([[1, 0, 0, 0], [0, 1, 0, 1], [0, 1, 1, 0], [0, 0, 0, 0], [1, 1, 1, 1]], np.float32)
+    with edgeinfer.load(path) as model:
+        stream = model.stream()
+        for frame in frames:
+            found = stream.feed(frame)[0].outputs["places"]
+            np.testing.assert_array_equal(found[0], np.flatnonzero(frame))
+        stream.reset()
+        assert stream.feed(frames[1])[0].outputs["places"].tolist() == [[1, 3]]
+
+
+def test_state_may_grow(tmp_path):
+    nodes = [
+        helper.make_node("Concat", ["past", "x"], ["present"], axis=1),
+        helper.make_node("ReduceSum", ["present"], ["y"]),
+    ]
+    ports = [("past", np.float32, [1, "before"]), ("x", np.float32, [1, 2])]
+    path = save(
+        tmp_path / "m.onnx", nodes, ports, [("present", np.float32, [1, "after"]), ("y", np.float32, [1, 1])]
+    )
+    with edgeinfer.load(path) as model:
+        stream = model.stream()
+        sums = [
+            stream.feed(np.full((1, 2), value, np.float32))[0].outputs["y"].item() for value in (1, 2, 3, 4)
+        ]
+    assert sums == [2, 6, 12, 20]
+
+
+def test_what_a_step_gave_stays_as_it_was(tmp_path):
+    """Results are not views of what the next step writes, nor of what it was fed."""
+    with edgeinfer.load(running_sum(tmp_path / "m.onnx")) as model:
+        stream, frame = model.stream(), np.ones((1, 4), np.float32)
+        outputs = [stream.feed(frame)[0].outputs["y"] for _ in range(4)]
+        frame[:] = 100
+    assert [float(output[0, 0]) for output in outputs] == [1, 2, 3, 4]
