@@ -6,12 +6,16 @@ import subprocess
 import sys
 import wave
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from click.testing import CliRunner
 from onnx import helper, numpy_helper
+
+from edgeinfer.cli import cli
 
 DATA = os.environ.get("EDGEINFER_TEST_DATA")
 needs_data = pytest.mark.skipif(not DATA, reason="EDGEINFER_TEST_DATA (real models) is not set")
@@ -21,9 +25,17 @@ AUDIO = Path(DATA or "", "audio")
 
 
 def command(*arguments, **options):
-    """`edgeinfer ...` in a process of its own."""
-    line = [sys.executable, "-m", "edgeinfer", *map(str, arguments)]
-    return subprocess.run(line, capture_output=True, timeout=120, **options)
+    """`edgeinfer ...`: in this process, or in one of its own where it has options such as `input`."""
+    words = list(map(str, arguments))
+    if options:
+        line = [sys.executable, "-m", "edgeinfer", *words]
+        return subprocess.run(line, capture_output=True, timeout=120, **options)
+    result = CliRunner().invoke(cli, words)
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return SimpleNamespace(
+        returncode=result.exit_code, stdout=result.stdout_bytes, stderr=result.stderr_bytes
+    )
 
 
 def error_of(result):
