@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import os
 import sys
 from dataclasses import dataclass
@@ -156,12 +157,19 @@ def plain_vocabulary(folder: Path, config: dict[str, Any]) -> Vocabulary:
     return Vocabulary(metadata, VOCABULARY)
 
 
+@functools.cache
+def _no_log():
+    """A callback that stays: llama.cpp calls it as long as no other one is set."""
+    import llama_cpp
+
+    return llama_cpp.llama_log_callback(lambda level, text, data: None)
+
+
 def llama_logits(path: Path, tokens: list[int], context: int = CONTEXT) -> np.ndarray:
     """The logits of stock llama.cpp at each position: float32 KV cache, no flash attention, one thread."""
     import llama_cpp
 
-    quiet = llama_cpp.llama_log_callback(lambda level, text, data: None)
-    llama_cpp.llama_log_set(quiet, ctypes.c_void_p(0))
+    llama_cpp.llama_log_set(_no_log(), ctypes.c_void_p(0))
     model_params = llama_cpp.llama_model_default_params()
     model_params.use_extra_bufts = False
     model = llama_cpp.llama_model_load_from_file(os.fsencode(path), model_params)
