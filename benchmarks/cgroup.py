@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from edgeinfer import budget
@@ -142,10 +142,14 @@ def drop_page_cache(files: Sequence[str | os.PathLike] = ()) -> bool:
 
 
 def run_command(
-    command: Sequence[str], limit_bytes: int | None, timeout: float, cwd: Path | None = None
+    command: Sequence[str],
+    limit_bytes: int | None,
+    timeout: float,
+    cwd: Path | None = None,
+    environment: Mapping[str, str] | None = None,
 ) -> tuple[subprocess.CompletedProcess, int]:
     """Run `command` under a limit (None: without one): its result, with text output, and the OOM kills."""
-    options = {"capture_output": True, "text": True, "timeout": timeout, "cwd": cwd}
+    options = {"capture_output": True, "text": True, "timeout": timeout, "cwd": cwd, "env": environment}
     if limit_bytes is None:
         return subprocess.run(command, **options), 0
     with MemoryCgroup(limit_bytes) as cgroup:

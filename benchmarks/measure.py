@@ -110,7 +110,7 @@ class Measurements:
         except subprocess.TimeoutExpired:
             raise ChildError(f"{engine} did not end within {TIMEOUT_SECONDS} s") from None
         if result.returncode != 0:
-            raise ChildError(f"{engine} {_ending(result, kills)}")
+            raise ChildError(f"{engine} {ending(result, kills)}")
         self.noise = max(self.noise, others := noise.others())
         return {**json.loads(result.stdout.splitlines()[-1]), "oom_kills": kills, "others_cpu": others}
 
@@ -228,7 +228,8 @@ def median(rounds: list[dict], engine: str, key: str) -> float:
     return statistics.median(number[engine][key] for number in rounds)
 
 
-def _ending(result: subprocess.CompletedProcess, kills: int) -> str:
+def ending(result: subprocess.CompletedProcess, kills: int) -> str:
+    """How a process ended that did not end well."""
     if kills:
         return "was killed by the kernel: the limit is too small for it"
     if result.returncode < 0:

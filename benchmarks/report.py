@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from benchmarks.measure import median
 from benchmarks.report_experts import expert_rows
+from benchmarks.report_onnx import onnx_rows
 
 GB = 1e9
 STOCK_GOALS = {0.45: 1.9, 0.78: 4.0}
@@ -42,6 +43,8 @@ def report(results: dict) -> str:
         rows += in_memory_rows(results["in_memory"])
     if "experts" in results:
         rows += expert_rows(results["experts"])
+    if "onnx" in results:
+        rows += onnx_rows(results["onnx"])
     return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows])
 
 

@@ -31,7 +31,7 @@ from edgeinfer.errors import EdgeInferError
 from edgeinfer.system import default_threads
 
 DENSE_PARTS = ("streaming", "prefill", "in_memory")  # methods of Measurements
-PARTS = (*DENSE_PARTS, "experts")
+PARTS = (*DENSE_PARTS, "experts", "onnx")
 BUSY_PERCENT = 10
 
 _EXPERTS = {"layers": 24, "embedding": 2048, "ffn": 736, "experts": 64, "experts_used": 8, "alignment": 4096}
@@ -41,6 +41,10 @@ MODELS = {  # name: (architecture, options of benchmarks.maker.plan_model)
     "predictable": ("mixtral", {**_EXPERTS, "routing": "predictable"}),
     "unpredictable": ("mixtral", {**_EXPERTS, "routing": "unpredictable"}),
     "small": ("mixtral", {**_MANY, "routing": "predictable"}),
+}
+ENCODERS = {  # name: (bytes of weights, options of benchmarks.onnx_maker.Encoder)
+    "float32": (2_000_000_000, {}),
+    "4-bit": (1_000_000_000, {"width": 2048, "ffn": 8192, "bits": 4}),
 }
 
 
@@ -63,6 +67,19 @@ def make_once(name: str, work: Path) -> Path:
         )
     _say(f"making the {name} model of {size / 1e9:.1f} GB in {work}, once")
     return write_model(path, recipe)
+
+
+def make_encoder_once(name: str, work: Path) -> Path:
+    """The encoder of ENCODERS, made by the first call."""
+    from benchmarks.onnx_maker import Encoder, make_encoder
+
+    path = work / f"{name}.onnx"
+    if not path.exists():
+        work.mkdir(parents=True, exist_ok=True)
+        size, options = ENCODERS[name]
+        _say(f"making the {name} encoder of {size / 1e9:.1f} GB in {work}, once; it is prepared there too")
+        make_encoder(path, Encoder.of_size(size, **options))
+    return path
 
 
 def describe_machine() -> dict:
@@ -125,8 +142,21 @@ def measure_parts(parts: Sequence[str], args: argparse.Namespace, settings: Sett
         results["experts"] = {}
         good &= gather(_expert_parts(args, settings), results["experts"])
         noise = max([noise, *(model["noise"] for model in results["experts"].values())])
+    if "onnx" in parts:
+        results["onnx"] = {}
+        good &= gather(_onnx_parts(args, settings), results["onnx"])
+        noise = max([noise, *(model["noise"] for model in results["onnx"].values())])
     results["others_cpu"] = noise
     return good
+
+
+def _onnx_parts(args: argparse.Namespace, settings: Settings) -> dict[str, Callable[[], dict]]:
+    from benchmarks.onnx import OnnxMeasurements
+
+    def measure(name: str) -> dict:
+        return OnnxMeasurements(make_encoder_once(name, args.work), settings, args.work / "cache").measure()
+
+    return {name: partial(measure, name) for name in ENCODERS}
 
 
 def _expert_parts(args: argparse.Namespace, settings: Settings) -> dict[str, Callable[[], dict]]:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from edgeinfer.budget import default_budget, format_size, parse_size
+from edgeinfer.budget import default_budget, format_size, parse_size, process_memory
 from edgeinfer.errors import BudgetError, EngineError
 from edgeinfer.onnx.graph import OnnxFile, read_onnx
 from edgeinfer.onnx.plan import OnnxPlan
@@ -19,7 +19,8 @@ from edgeinfer.system import default_threads, streaming_support
 if streaming_support():
     from edgeinfer.onnx import cache
     from edgeinfer.onnx.identity import entry_key
-    from edgeinfer.onnx.prepare import FORMAT, Prepared, default_stage_bytes, run_in_child
+    from edgeinfer.onnx.prepared import FORMAT, Prepared, default_stage_bytes
+    from edgeinfer.onnx.preparing import prepare_in_child
     from edgeinfer.onnx.staged import StagedModel
     from edgeinfer.onnx.stages import StaleEntry
 
@@ -99,13 +100,13 @@ def _open_staged(
         entry = cache.find_or_make(
             key,
             int(file.weights_bytes * _DISK_FACTOR),
-            _maker(file, stage_bytes, _part(progress, 0, _PREPARING_SHARE), say),
+            _maker(file, stage_bytes, budget, _part(progress, 0, _PREPARING_SHARE), say),
         )
         try:
             prepared = Prepared.read(entry.folder)
             loading = _part(progress, _PREPARING_SHARE, 1)
             runner = StagedModel(file.path, entry, prepared, budget, threads, choice, loading)
-        except (StaleEntry, OSError, ValueError, KeyError) as error:
+        except (StaleEntry, OSError, ValueError, KeyError, TypeError) as error:
             entry.close()
             if attempt == 1 or not cache.remove(entry.folder):
                 raise EngineError(
@@ -122,14 +123,16 @@ def _open_staged(
     raise AssertionError("unreachable")
 
 
-def _maker(file: OnnxFile, stage_bytes: int, progress: Progress, say: Say | None) -> Callable[[Path], None]:
+def _maker(
+    file: OnnxFile, stage_bytes: int, budget: int, progress: Progress, say: Say | None
+) -> Callable[[Path], None]:
     def make(folder: Path) -> None:
         if say:
             size = format_size(int(file.weights_bytes * 2.1))
             say(
                 f"Preparing {file.path.name} for this processor, once. It takes about {size} in {folder.parent}."
             )
-        run_in_child(file.path, folder, None, stage_bytes, progress)
+        prepare_in_child(file.path, folder, stage_bytes, budget - process_memory().rss_bytes, progress)
 
     return make
 

@@ -33,7 +33,24 @@ def optimize(file: OnnxFile, to: Path) -> onnx.ModelProto:
     with explained(file.path, ModelFileError):
         ort.InferenceSession(file.skeleton, options, providers=["CPUExecutionProvider"])
     model = onnx.ModelProto.FromString(read_onnx(to, data_of=file.path).skeleton)
-    add_types(model, file, to)
+    add_types(model, file, to.parent)
+    return model
+
+
+def as_it_is(file: OnnxFile, folder: Path) -> onnx.ModelProto:
+    """The model without any optimization, its constants as weights; `folder` is for files that are there for a moment."""
+    model = onnx.ModelProto.FromString(file.skeleton)
+    nodes = list(model.graph.node)
+    del model.graph.node[:]
+    for node in nodes:
+        constant = next((attribute for attribute in node.attribute if attribute.name == "value"), None)
+        if node.op_type == "Constant" and node.domain in ("", "ai.onnx") and constant is not None:
+            weight = model.graph.initializer.add()
+            weight.CopyFrom(constant.t)
+            weight.name = node.output[0]
+        else:
+            model.graph.node.append(node)
+    add_types(model, file, folder)
     return model
 
 
@@ -45,7 +62,7 @@ def without_weights(folder: Path) -> ort.SessionOptions:
     return options
 
 
-def add_types(model: onnx.ModelProto, file: OnnxFile, optimized: Path) -> None:
+def add_types(model: onnx.ModelProto, file: OnnxFile, beside: Path) -> None:
     """State the type and shape of each tensor between two nodes, as ONNX Runtime infers them.
 
     Operators of ONNX Runtime's own are in the graph by now, which nothing else can infer. Large weights do not matter
@@ -58,7 +75,7 @@ def add_types(model: onnx.ModelProto, file: OnnxFile, optimized: Path) -> None:
         for name in node.output:
             if name and name not in known:
                 asked.graph.output.add(name=name)
-    with tempfile.TemporaryDirectory(dir=optimized.parent) as folder:
+    with tempfile.TemporaryDirectory(dir=beside) as folder:
         _make_holes(asked.graph, Path(folder))
         options = without_weights(Path(folder))
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL

@@ -72,9 +72,14 @@ class StageFiles:
         )
 
 
-def write_stage(model: bytes, folder: Path, files: StageFiles, data_folder: Path) -> None:
-    """Let ONNX Runtime write `files` into `folder` from a stage's model, whose weights are in files of `data_folder`."""
+def write_stage(model: bytes, folder: Path, files: StageFiles, data_folder: Path, optimize: bool) -> None:
+    """Let ONNX Runtime write `files` into `folder` from a stage's model, whose weights are in files of `data_folder`.
+
+    `optimize`: the stage by itself, where the whole graph was not optimized before.
+    """
     options = _stage_options(1)
+    if optimize:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.optimized_model_filepath = os.fspath(folder / files.model)
     settings = {
         "session.model_external_initializers_file_folder_path": os.fspath(data_folder),

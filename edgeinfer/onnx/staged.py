@@ -16,7 +16,7 @@ from edgeinfer.budget import format_size, process_memory, reset_peak
 from edgeinfer.errors import BudgetError, EngineError
 from edgeinfer.onnx.cache import Entry
 from edgeinfer.onnx.plan import Block, OnnxPlan, make_plan
-from edgeinfer.onnx.prepare import Prepared
+from edgeinfer.onnx.prepared import Prepared
 from edgeinfer.onnx.providers import Choice
 from edgeinfer.onnx.stages import Stages, blocks_of
 from edgeinfer.remembered import remembered
@@ -46,9 +46,7 @@ class StagedModel:
         self._entry = entry
         self._budget = budget_bytes
         self._choice = choice
-        self._reason = (
-            f"The model runs in one stage: {prepared.single_reason}." if prepared.single_reason else ""
-        )
+        self._reason = f"{prepared.reason}." if prepared.reason else ""
         self._key = f"{entry.folder.name} {threads}"
         blocks = blocks_of(prepared)
         overhead = _expected_overhead(entry.folder, prepared, blocks)

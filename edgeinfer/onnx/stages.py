@@ -22,7 +22,7 @@ from edgeinfer import _native
 from edgeinfer.errors import EngineError, ReadError
 from edgeinfer.onnx.homes import Mapping, drop, give_back_memory, is_touched
 from edgeinfer.onnx.plan import CHUNK_BYTES, READING_THREADS, Block, OnnxPlan
-from edgeinfer.onnx.prepare import Prepared
+from edgeinfer.onnx.prepared import Prepared
 from edgeinfer.onnx.runtime import explained
 from edgeinfer.onnx.stage_files import StageFiles, open_stage, page_ranges
 

@@ -11,7 +11,8 @@ pytest.importorskip("edgeinfer._native", reason="needs the C extension")
 
 from edgeinfer.budget import Ledger
 from edgeinfer.onnx.plan import OnnxPlan, ring_for, smallest_ring
-from edgeinfer.onnx.prepare import Prepared, prepare
+from edgeinfer.onnx.prepare import prepare
+from edgeinfer.onnx.prepared import Prepared
 from edgeinfer.onnx.stages import Stages
 
 
@@ -36,7 +37,7 @@ def test_outputs_are_those_of_one_session(tmp_path, seed):
     path = write_random_model(tmp_path / "model.onnx", seed)
     folder = tmp_path / "prepared"
     folder.mkdir()
-    prepare(path, folder, choice.choice((0, 1, 2, 5, 99)), 0, lambda _: None)
+    prepare(path, folder, 0, num_cuts=choice.choice((0, 1, 2, 5, 99)))
     prepared = Prepared.read(folder)
     names = [name for name, _, _ in prepared.outputs]
     stages = Stages(path, folder, prepared, THREADS, 1 << 28)
