@@ -42,7 +42,7 @@ class Target:
             )
         if not force and os.path.lexists(self.path):
             raise ExportError(f"{self.path} exists already. Give another -o, or --force to replace it.")
-        if not os.access(parent, os.W_OK | os.X_OK):
+        if not os.access(parent, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
             raise ExportError(f"No permission to write into {parent}. Choose another folder with -o.")
 
     def __enter__(self) -> Path:

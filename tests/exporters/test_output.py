@@ -2,6 +2,9 @@
 
 import errno
 import os
+import shutil
+import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -158,3 +161,18 @@ def test_a_tokenizer_is_shared_only_where_it_is_the_same(tmp_path):
             (folder / "b.onnx").write_text("b")
             (folder / "tokenizer.json").write_text("two")
     assert _contents(tmp_path) == {"a.onnx": "a", "tokenizer.json": "one"}
+
+
+def test_no_permission_to_write():
+    folder = Path(tempfile.mkdtemp())  # not below tmp_path, which others may not enter
+    user = os.geteuid()
+    try:
+        folder.chmod(0o555)
+        if user == 0:  # root may write everywhere: look as nobody
+            os.seteuid(65534)
+        with pytest.raises(ExportError, match="No permission to write into"):
+            Target(folder / "out.gguf")
+    finally:
+        os.seteuid(user)
+        folder.chmod(0o755)
+        shutil.rmtree(folder)
