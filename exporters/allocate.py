@@ -1,4 +1,4 @@
-"""A type for each tensor, so that the whole loses least and fits a size: a knapsack with one choice an item."""
+"""A type for each tensor, so that the whole loses least and fits a size: a knapsack, one choice an item."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class Option:
 
 
 def allocate(items: Mapping[str, Sequence[Option]], room: int) -> dict[str, Option] | None:
-    """Item -> option, with the least loss among those that take `room` bytes at most; None where nothing fits.
+    """Item -> option, with the least loss of those that take `room` bytes at most; None where nothing fits.
 
-    Dynamic programming over the bytes beyond the smallest options, in steps of a 32,768th of them: exact but for
-    those steps, rounded up; what they leave free is then used by the best single changes.
+    Dynamic programming over the bytes beyond the smallest options, in steps of a 32,768th of them: exact but
+    for those steps, rounded up; what they leave free is then used by the best single changes.
     """
     choices = {name: _worth_having(options) for name, options in items.items()}
     smallest = sum(options[0].num_bytes for options in choices.values())

@@ -1,4 +1,4 @@
-"""`--quant auto`: bits for each tensor, so that the file has the size that was asked for and predicts best."""
+"""`--quant auto`: bits for each tensor, so that the file has the size that was asked for, and predicts best."""
 
 from __future__ import annotations
 
@@ -76,7 +76,9 @@ class Chooser:
         """The best types for a file of `num_bytes` at most. Raises ExportError where none is so small."""
         items = self._items
         if not _takes_slow_types(self._file, num_bytes):
-            fast = {name: [o for o in options if not o.name.startswith(_SLOW)] for name, options in items.items()}
+            fast = {
+                name: [o for o in options if not o.name.startswith(_SLOW)] for name, options in items.items()
+            }
             items = fast if self._base + smallest_bytes(fast) <= num_bytes else items
         found = allocate(items, num_bytes - self._base)
         if found is None:
@@ -104,10 +106,11 @@ def measure(
     threads: int | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> Chooser:
-    """Measure on `text` what each tensor of `source` loses as each type, for files of `num_bytes` and larger ones.
+    """Measure on `text` what each tensor of `source` loses as each type, for files of `num_bytes` or more.
 
-    Takes the time of computing some windows of the text once for each tensor (96 groups of them at most). Raises
-    ExportError, at once where no file can be so small, and what `quantize_gguf` and `perplexity` raise.
+    Takes the time of computing some windows of the text once for each tensor (96 groups of them at most).
+    Raises ExportError, at once where no file can be so small, and what `quantize_gguf` and `perplexity`
+    raise.
     """
     file = read_model_file(source)
     file.check_can_generate()
@@ -120,7 +123,9 @@ def measure(
         if planned[tensor.name] != stored[tensor.name]
     }
     fixed = {name: type for name, type in planned.items() if name not in candidates}
-    Chooser(file, {name: dict.fromkeys(types, 0.0) for name, types in candidates.items()}, fixed).choose(num_bytes)
+    Chooser(file, {name: dict.fromkeys(types, 0.0) for name, types in candidates.items()}, fixed).choose(
+        num_bytes
+    )
     bits = max(1.0, 8 * num_bytes / max(1, file.num_parameters))
     losses = measure_losses(
         file, candidates, text, importance, bits, context=context, threads=threads, progress=progress
@@ -141,7 +146,9 @@ def target_bytes(size: str, file: ModelFile) -> int:
     except ValueError:
         share = 0.0
     if not 0 < share <= 100:
-        raise ExportError(f"The size {size!r} is no share of the source. Expected one above 0% and at most 100%.")
+        raise ExportError(
+            f"The size {size!r} is no share of the source. Expected one above 0% and at most 100%."
+        )
     return int(file.file_bytes * share / 100)
 
 

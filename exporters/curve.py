@@ -49,7 +49,7 @@ def measure_curve(
     threads: int | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> list[Point]:
-    """Quantize `source` as each of STOCK, with and without the importance matrix, and by `chooser`; score `held_out`.
+    """Quantize `source` as each of STOCK, with and without importance, and by `chooser`; score `held_out`.
 
     Each file is written into a folder of its own in `folder` and removed again.
     """
@@ -102,7 +102,9 @@ def draw_curve(name: str, source_bytes: int, source: Perplexity, points: Sequenc
     def y(value: float) -> float:
         return _PLOT.y((min(value, highest) - lowest + margin) / (highest - lowest + 2 * margin))
 
-    parts = [text(_PLOT.left, 60, f"Perplexity ({source.tokens:,} tokens) over the size of the file", size=13)]
+    parts = [
+        text(_PLOT.left, 60, f"Perplexity ({source.tokens:,} tokens) over the size of the file", size=13)
+    ]
     parts += _axes(x, y, (least, most), (lowest, highest))
     before = y(source.value)
     parts.append(line(_PLOT.left, before, _PLOT.x(1), before, INK, 'stroke-dasharray="5 3"'))

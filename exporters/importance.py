@@ -1,7 +1,8 @@
-"""The importance matrix: how strongly a text drives each input column of each weight, for llama.cpp's quantization.
+"""The importance matrix: how strongly a text drives each input column of each weight.
 
-A column's importance is the mean square of the activations that it is multiplied by, so that quantization rounds
-where it matters least. Gathered while llama.cpp computes the text; kept in the GGUF form of llama-imatrix.
+A column's importance is the mean square of the activations that it is multiplied by, so that quantization
+rounds where it matters least. Gathered while llama.cpp computes the text; kept in the GGUF form of
+llama-imatrix.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ _SUMS, _COUNTS = ".in_sum2", ".counts"
 @dataclass(frozen=True)
 class Importance:
     """`sums`: tensor -> float32 (matrices, columns), sums of squared activations; `counts`: tensor -> int64
-    (matrices,), how many vectors each matrix was multiplied by. `matrices` are the experts of a tensor that holds
-    experts, else 1.
+    (matrices,), how many vectors each matrix was multiplied by. `matrices` are the experts of a tensor that
+    holds experts, else 1.
 
     `chunks` windows of `chunk_tokens` tokens were read; `origin` names the file or text in messages.
     """
@@ -43,17 +44,21 @@ class Importance:
         return self.chunks * self.chunk_tokens
 
     def weights(self, name: str) -> np.ndarray:
-        """float32 (matrices * columns,): mean squares, as llama_model_quantize takes them; 1 for an unused expert."""
-        counts = self.counts[name][:, None]
-        means = np.where(counts > 0, self.sums[name] / np.maximum(counts, 1), 1.0)
-        return means.astype(np.float32).ravel()
+        """float32 (matrices * columns,): mean squares, as llama_model_quantize takes them; 1 for unused experts."""
+        return np.concatenate([self.of_matrix(name, matrix) for matrix in range(len(self.sums[name]))])
+
+    def of_matrix(self, name: str, matrix: int) -> np.ndarray:
+        """float32 (columns,): the part of `weights` that is for one matrix."""
+        count = self.counts[name][matrix]
+        sums = self.sums[name][matrix]
+        return (sums / count).astype(np.float32) if count else np.ones(len(sums), np.float32)
 
     def unused_experts(self) -> int:
         """Experts that the text never reached, in all tensors that hold experts."""
         return sum(int((counts == 0).sum()) for counts in self.counts.values())
 
     def save(self, path: Path) -> None:
-        """Write the GGUF file that llama-imatrix, llama-quantize and `load` read. Needs the extra `export`."""
+        """Write the GGUF file that llama-quantize and `load_importance` read. Needs the extra `export`."""
         gguf = _gguf_package()
         writer = gguf.GGUFWriter(path, arch="")
         writer.kv_data[0].clear()  # a matrix has no architecture
@@ -101,7 +106,12 @@ def load_importance(path: str | os.PathLike) -> Importance:
             raise ExportError(
                 f"{path}: {name} has {total.size} sums for {count.size} matrices. Gather the matrix again."
             )
-        if not (np.isfinite(total).all() and np.isfinite(count).all() and (total >= 0).all() and (count >= 0).all()):
+        if not (
+            np.isfinite(total).all()
+            and np.isfinite(count).all()
+            and (total >= 0).all()
+            and (count >= 0).all()
+        ):
             raise ExportError(
                 f"{path}: the sums of {name} are not all finite and positive. Gather the matrix again."
             )
@@ -155,7 +165,9 @@ class _Collector:
 
     def begin_pass(self) -> None:
         self._pass: Sums = {}
-        self._last: tuple[int, np.ndarray] | None = None  # query, key and value share their input, gate and up too
+        self._last: tuple[int, np.ndarray] | None = (
+            None  # query, key and value share their input, gate and up too
+        )
 
     def end_pass(self) -> None:
         for name, (sums, counts) in self._pass.items():
@@ -191,7 +203,7 @@ class _Collector:
 
 
 def _add_routed(sums: np.ndarray, counts: np.ndarray, vectors: np.ndarray, ids: np.ndarray) -> None:
-    """`vectors`: (tokens, used or 1, columns); `ids`: (tokens, used), the experts that each is multiplied by."""
+    """`vectors`: (tokens, used or 1, columns); `ids`: (tokens, used), the experts each is multiplied by."""
     for slot in range(ids.shape[1]):
         experts = ids[:, slot]
         order = np.argsort(experts, kind="stable")
@@ -222,10 +234,10 @@ def gather_importance(
 ) -> Importance:
     """Compute `text` with the GGUF file `model` and add up the squared inputs of every product with a weight.
 
-    Windows as in `perplexity`, with logits for all tokens, so that the output matrix is seen as often as the others.
-    `memory`: stay within so many bytes (sums excepted), by streaming where the model is larger; None: what is free.
-    `origin` names the text in messages and in the saved file. Raises ExportError where the text has not one window or
-    the model gives numbers that are not finite, and what `edgeinfer.load` raises.
+    Windows as in `perplexity`, with logits for all tokens, so that the output matrix is seen as often as the
+    others. `memory`: stay within so many bytes (sums excepted), by streaming where the model is larger; None:
+    what is free. `origin` names the text in messages and in the saved file. Raises ExportError where the text
+    has not one window or the model gives numbers that are not finite, and what `edgeinfer.load` raises.
     """
     file = read_model_file(model)
     context = check_context(file, context)
@@ -258,5 +270,6 @@ def _check_finite(collector: _Collector, path: Path) -> None:
     for name, sums in collector.sums.items():
         if not np.isfinite(sums).all():
             raise ExportError(
-                f"{path}: what {name} is multiplied by is not finite on this text. The model is broken: export it again."
+                f"{path}: what {name} is multiplied by is not finite on this text. The model is broken: export it "
+                "again."
             )

@@ -58,7 +58,7 @@ class Operations:
 
 
 def values(node: Node) -> np.ndarray:
-    """What a float32 or int32 node in memory holds: its dimensions turned round, (ne[3], ..., ne[0]); a view."""
+    """What a float32 or int32 node in memory holds, (ne[3], ..., ne[0]): its dimensions turned round; a view."""
     kinds = {_F32: np.float32, _I32: np.int32}
     if node.type not in kinds or not node.data:
         raise EngineError(f"The graph's node {node.text_name!r} is not in memory as float32 or int32.")
@@ -69,7 +69,7 @@ def values(node: Node) -> np.ndarray:
 
 @cache
 def operations() -> Operations:
-    """Check on a small graph that `Node` is the library's struct ggml_tensor. Raises EngineError where it is not."""
+    """Check on a small graph that `Node` is the library's struct ggml_tensor. Raises EngineError if it is not."""
     context = ggml.init(ggml.InitParams(1 << 20, None, False))
     if not context:
         raise MemoryError("no memory to look at ggml's tensors")
@@ -109,10 +109,10 @@ def _op_name(number: int) -> str:
 class Tap:
     """An eval callback that calls `visit(node, ids)` for each node that `wants(node)`, once it is computed.
 
-    `ids` is the node with the experts that a MUL_MAT_ID uses. The tap can stand before another callback, as the one
-    that streams weights; it is silent until `active`. What is raised in a callback is lost to Python: it is kept, the
-    pass computes nothing more that matters, and `check`, called after each pass, raises it. Keep the object for as
-    long as the context.
+    `ids` is the node with the experts that a MUL_MAT_ID uses. The tap can stand before another callback, as
+    the one that streams weights; it is silent until `active`. What is raised in a callback is lost to Python:
+    it is kept, the pass computes nothing more that matters, and `check`, called after each pass, raises it.
+    Keep the object for as long as the context.
     """
 
     def __init__(self, wants: Callable[[Node], bool], visit: Callable[[Node, Node | None], object]):
@@ -133,7 +133,12 @@ class Tap:
 
     def _call(self, address: int, ask: bool, _data: object) -> bool:
         try:
-            if ask and self.active and self._raised is None and self._wants(node := Node.from_address(address)):
+            if (
+                ask
+                and self.active
+                and self._raised is None
+                and self._wants(node := Node.from_address(address))
+            ):
                 # The callback behind this one may exchange the ids for slot numbers.
                 self._wanted = address, node.source(2) if node.src[2] else None
             elif not ask and self._wanted is not None and self._wanted[0] == address:

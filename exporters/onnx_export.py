@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import onnx
 
-from edgeinfer.errors import ExportError
+from edgeinfer.errors import ExportError, ModelFileError
 from edgeinfer.exporters.checkpoint import read_config
 from edgeinfer.exporters.onnx_float16 import to_float16
 from edgeinfer.exporters.onnx_graph import fix_default_inputs, standard_opset
@@ -98,18 +98,28 @@ def export_onnx(
     companions = TOKENIZER_FILES if isinstance(source, Path) and source.is_dir() else ()
     group = TargetGroup(target, force, replaced=[target.name + DATA_SUFFIX], others=companions)
     with group as folder, _Job(source, folder, quant, calibration, example_inputs, progress) as job:
-        job.make()
-        written = write_onnx(job.graph, folder / target.name, job.part(0.6, 1.0))
-        check_written(folder / target.name, job.name)
+        written = _written(job, folder / target.name)
         if companions:
             job.notes += copy_tokenizer(source, folder)
         if check is not None:
             check(folder / target.name)
-        files = [
-            name for name in (target.name, target.name + DATA_SUFFIX, *companions) if (folder / name).exists()
-        ]
-        report = _report(job, written, tuple(files), started)
+        names = (target.name, target.name + DATA_SUFFIX, *companions)
+        files = tuple(name for name in names if (folder / name).exists())
+        report = _report(job, written, files, started)
     return report
+
+
+def _written(job: _Job, path: Path) -> Written:
+    try:
+        job.make()
+        written = write_onnx(job.graph, path, job.part(0.6, 1.0))
+    except UnicodeDecodeError as error:  # protobuf looks at a text only when it is used
+        raise ModelFileError(
+            f"{job.name} is not an ONNX model, or is damaged: a name in it is not text ({error.reason} "
+            f"{error.object[error.start]:#x}). Download it again."
+        ) from error
+    check_written(path, job.name)
+    return written
 
 
 def _check_quant(quant: str | None, calibration: str | Path | None) -> str | None:

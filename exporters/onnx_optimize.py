@@ -81,5 +81,9 @@ def _options(folder: Path, target: Path) -> ort.SessionOptions:
 
 def _run(graph: OnnxGraph, options: ort.SessionOptions) -> None:
     ort.InferenceSession(
-        graph.proto.SerializeToString(), options, ["CPUExecutionProvider"], disabled_optimizers=_LEFT_OUT
+        graph.proto.SerializeToString(),
+        options,
+        ["CPUExecutionProvider"],
+        disabled_optimizers=_LEFT_OUT,
+        enable_fallback=0,
     )

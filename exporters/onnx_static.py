@@ -99,7 +99,9 @@ def _count_quantized(model: ModelProto) -> int:
 
 def _ports(path: Path, source: object) -> list:
     with explained(source, ExportError):
-        session = ort.InferenceSession(str(path), session_options(1), ["CPUExecutionProvider"])
+        session = ort.InferenceSession(
+            str(path), session_options(1), ["CPUExecutionProvider"], enable_fallback=0
+        )
     return [make_port(port.name, port.type, port.shape) for port in session.get_inputs()]
 
 

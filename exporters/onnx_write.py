@@ -105,7 +105,7 @@ def check_written(path: Path, source: object) -> None:
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.add_session_config_entry("session.disable_prepacking", "1")
     with explained(f"the export of {source}", ExportError):
-        ort.InferenceSession(str(path), options, ["CPUExecutionProvider"])
+        ort.InferenceSession(str(path), options, ["CPUExecutionProvider"], enable_fallback=0)
 
 
 def _only_known_operators(path: Path) -> bool:

@@ -14,7 +14,7 @@ from edgeinfer.modelfile import read_model_file
 
 @dataclass(frozen=True)
 class Perplexity:
-    """exp of the mean loss. `error`: its standard error; `tokens`: how many were scored; `losses`: of each, in nats."""
+    """exp of the mean loss. `error`: its standard error; `tokens`: how many were scored; `losses`: nats of each."""
 
     value: float
     error: float
@@ -37,14 +37,14 @@ def perplexity(
     threads: int | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> Perplexity:
-    """The perplexity of the GGUF file `model` on `text`, defined as llama.cpp's tool does (perplexity.cpp, no stride).
+    """The perplexity of the GGUF file `model` on `text`, as llama.cpp's tool defines it (without a stride).
 
-    The text is tokenized once, with BOS where the vocabulary wants one, and cut into windows of `context` tokens (or
-    of what the model was trained for, if that is less); a rest at the end is dropped. A BOS takes the place of each
-    window's first token. Each window is computed alone, and its tokens `context // 2 + 1` to the last are scored, by
-    the natural logarithm of the probability that the model gives each of them. The value is exp(-mean), its error the
-    standard error of the mean times the value. Attention is what llama.cpp takes by itself (flash attention, a cache
-    in float16); weights are not repacked.
+    The text is tokenized once, with BOS where the vocabulary wants one, and cut into windows of `context`
+    tokens (or of what the model was trained for, if that is less); a rest at the end is dropped. A BOS takes
+    the place of each window's first token. Each window is computed alone, and its tokens `context // 2 + 1`
+    to the last are scored, by the natural logarithm of the probability that the model gives each of them. The
+    value is exp(-mean), its error the standard error of the mean times the value. Attention is what llama.cpp
+    takes by itself (flash attention, a cache in float16); weights are not repacked.
 
     `memory`: stay within so many bytes, by streaming where the model is larger (None: what is free). Raises
     ExportError where the text has not one window, and what `edgeinfer.load` raises.
@@ -70,4 +70,6 @@ def perplexity(
 def negative_log_probability(logits: np.ndarray, token: int) -> float:
     """-log softmax(logits)[token], in nats; the sum in float64."""
     largest = logits.max()
-    return float(np.log(np.exp(logits - largest).sum(dtype=np.float64)) + float(largest) - float(logits[token]))
+    return float(
+        np.log(np.exp(logits - largest).sum(dtype=np.float64)) + float(largest) - float(logits[token])
+    )

@@ -1,4 +1,4 @@
-"""The types that llama.cpp can quantize to: mixtures by name ("Q4_K_M"), types of single tensors, and their sizes."""
+"""The types that llama.cpp quantizes to: mixtures by name ("Q4_K_M"), those of single tensors, and their sizes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FLOAT_TYPES = ("F32", "F16", "BF16")
 _INTEGER_TYPES = ("I8", "I16", "I32", "I64", "F64")  # tables, never weights of a product
 _ENUM = re.compile(r"LLAMA_FTYPE_(?:MOSTLY|ALL)_(.+)")
 _NOT_WRITTEN = ("NVFP4",)  # llama_model_quantize has no default type for it
-#: Name -> number of every mixture of types that llama_model_quantize makes ("Q4_K_M" -> 15): its enum llama_ftype.
+#: Name -> number of every mixture that llama_model_quantize makes ("Q4_K_M" -> 15): its enum llama_ftype.
 QUANT_TYPES: dict[str, int] = {
     match[1]: number
     for key, number in vars(llama_cpp).items()
@@ -26,7 +26,7 @@ _ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
 #: The types that a single tensor can have: those that ggml_quantize_chunk makes.
 TENSOR_TYPES = tuple(name for name in BLOCKS if name not in (*_INTEGER_TYPES, *_NOT_WRITTEN, "Q8_1", "Q8_K"))
 
-#: Noise without an importance matrix, says llama.cpp (tensor_requires_imatrix); the first three end ggml's process.
+#: Noise without importance, says llama.cpp (tensor_requires_imatrix); without it, these end ggml's process.
 _CANNOT_DO_WITHOUT = ("IQ2_XXS", "IQ2_XS", "IQ1_S")
 _BAD_WITHOUT = ("IQ1_M", "IQ2_S", "IQ3_XXS")
 _EXEMPT = ("token_embd.weight", "per_layer_token_embd.weight", "output.weight")
@@ -43,7 +43,7 @@ def find_type(name: str) -> str:
 
 
 def needs_importance(tensor: str, type: str, mixture: str = "") -> bool:
-    """Whether llama.cpp refuses to make `tensor` a `type` without its importance, in a file of type `mixture`."""
+    """Whether llama.cpp refuses to make `tensor` a `type` without its importance, in a file that is a `mixture`."""
     if type in _CANNOT_DO_WITHOUT:
         return True
     bad = type in _BAD_WITHOUT or type == "Q2_K" and mixture == "Q2_K_S"

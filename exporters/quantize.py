@@ -47,7 +47,7 @@ _BUFFER_BYTES = 1 << 30
 
 @dataclass(frozen=True)
 class QuantizeReport:
-    """What became of a model. `tensors`: name -> type; `without_importance`: quantized tensors that it did not name."""
+    """What became of a model. `tensors`: name -> type; `without_importance`: what was quantized without it."""
 
     type: str
     source_bytes: int
@@ -73,10 +73,10 @@ def quantize_gguf(
 ) -> QuantizeReport:
     """Write the GGUF model `source` (the first part, where it is split) to the one file `target` as `type`.
 
-    `type` is a name of QUANT_TYPES; `tensor_types` (tensor -> name of TENSOR_TYPES) goes before it. `threads`: None
-    for all processors. `memory`: bytes; buffers take a third of them. `requantize`: also from quantized weights.
-    Raises ExportError before anything is written where that can be known; OSError for a full disk, which
-    `Target` explains; ModelFileError. Nothing is left running after an error or Ctrl-C.
+    `type` is a name of QUANT_TYPES; `tensor_types` (tensor -> name of TENSOR_TYPES) goes before it.
+    `threads`: None for all processors. `memory`: bytes; buffers take a third of them. `requantize`: also from
+    quantized weights. Raises ExportError before anything is written where that can be known; OSError for a
+    full disk, which `Target` explains; ModelFileError. Nothing is left running after an error or Ctrl-C.
     """
     started = time.perf_counter()
     file = read_model_file(source)
@@ -131,7 +131,9 @@ def _request(
 ) -> Request:
     name = find_type(type)
     if file.is_vocabulary_only:
-        raise ExportError(f"{file.paths[0]} has a vocabulary only, no weights. Give a GGUF file of the whole model.")
+        raise ExportError(
+            f"{file.paths[0]} has a vocabulary only, no weights. Give a GGUF file of the whole model."
+        )
     quantized = quantized_tensor(file)
     if quantized is not None and not requantize:
         raise ExportError(
@@ -167,13 +169,17 @@ def _processors() -> int:
 
 def _overrides(file: ModelFile, type: str, tensor_types: Mapping[str, str]) -> dict[str, int]:
     if tensor_types and type in FLOAT_TYPES:
-        raise ExportError(f"Types of single tensors are ignored where all become {type}. Give a quantized type.")
+        raise ExportError(
+            f"Types of single tensors are ignored where all become {type}. Give a quantized type."
+        )
     shapes = {tensor.name: tensor.shape for tensor in file.tensors}
     for name, kind in tensor_types.items():
         if name not in shapes:
             raise ExportError(f"{file.paths[0]} has no tensor {name!r}, for which the type {kind} was asked.")
         if kind not in TENSOR_TYPES:
-            raise ExportError(f"{name}: the type {kind!r} is unknown. Expected one of {', '.join(TENSOR_TYPES)}.")
+            raise ExportError(
+                f"{name}: the type {kind!r} is unknown. Expected one of {', '.join(TENSOR_TYPES)}."
+            )
         if shapes[name][0] % BLOCKS[kind].block_size:
             raise ExportError(
                 f"{name}: rows of {shapes[name][0]} elements are not a multiple of {BLOCKS[kind].block_size}, "
@@ -206,7 +212,7 @@ def _entries(file: ModelFile, importance: Importance) -> list[str]:
 
 @contextmanager
 def _child(request: Request, importance: Importance | None) -> Iterator[Iterator[str]]:
-    """The lines of llama.cpp's log, while the child works on `request`. Afterwards it has ended, however it went."""
+    """The lines of llama.cpp's log while the child works on `request`. However it went, it has ended afterwards."""
     command = [sys.executable, "-m", "edgeinfer.exporters.quantize_child"]
     child = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, bufsize=1 << 16
@@ -279,7 +285,9 @@ def _follow(
             progress(done / total)
 
 
-def _check_planned(file: ModelFile, planned: dict[str, str], type: str, importance: Importance | None) -> None:
+def _check_planned(
+    file: ModelFile, planned: dict[str, str], type: str, importance: Importance | None
+) -> None:
     unplanned = [tensor.name for tensor in file.tensors if tensor.name not in planned]
     if unplanned:
         return  # the child failed, and its log says why

@@ -1,8 +1,9 @@
 """The child process in which llama.cpp quantizes: `python -m edgeinfer.exporters.quantize_child`.
 
-llama.cpp may end its process (GGML_ASSERT), holds the GIL of no one and cannot be interrupted; here that ends this
-child only. Standard input holds one line of JSON (see `Request`), then the importance as raw float32, and stays open
-for as long as the parent lives. Standard error is llama.cpp's log. Exit code 0: done; 1: the log says why not.
+llama.cpp may end its process (GGML_ASSERT), holds the GIL of no one and cannot be interrupted; here that ends
+this child only. Standard input holds one line of JSON (see `Request`), then the importance as raw float32,
+and stays open for as long as the parent lives. Standard error is llama.cpp's log. Exit code 0: done; 1: the
+log says why not.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _MAX_STRING_BYTES = 127  # of llama_model_kv_override
 
 @dataclass
 class Request:
-    """What to do. `types`: tensor -> number of a ggml type; `importance`: (tensor, count of floats that follow)."""
+    """What to do. `types`: tensor -> number of a ggml type; `importance`: (tensor, how many floats follow)."""
 
     source: str
     target: str

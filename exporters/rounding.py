@@ -83,7 +83,7 @@ def num_rows(tensor: TensorInfo) -> int:
 
 
 def rows_of(file: ModelFile, tensor: TensorInfo, rows: np.ndarray | None = None) -> np.ndarray:
-    """float32 (rows, columns): the weights of `tensor` in its file; `rows` (None: all) counts through all experts."""
+    """float32 (rows, columns): weights of `tensor` in its file; `rows` (None: all) count through all experts."""
     columns = tensor.shape[0]
     shape = num_rows(tensor), row_bytes(tensor.type, columns)
     try:

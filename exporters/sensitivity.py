@@ -1,10 +1,11 @@
 """What each tensor of a model loses as each type: measured on a text, for the choice of bits.
 
-A tensor's error as a type is that of its products: the squared differences of its weights, each column weighted by
-its importance. What such an error does to the text is measured: the tensor is rounded in memory, and the change of
-the predicted probabilities (Kullback-Leibler divergence from the unrounded model's) is divided by the error. Small
-errors change them in proportion, so one measurement serves all types. SqueezeLLM (arXiv:2306.07629) weights by the
-second derivative of the loss for the same reason; here no gradients are needed.
+A tensor's error as a type is that of its products: the squared differences of its weights, each column
+weighted by its importance. What such an error does to the text is measured: the tensor is rounded in memory,
+and the change of the predicted probabilities (Kullback-Leibler divergence from the unrounded model's) is
+divided by the error. Small errors change them in proportion, so one measurement serves all types. SqueezeLLM
+(arXiv:2306.07629) weights by the second derivative of the loss for the same reason; here no gradients are
+needed.
 """
 
 from __future__ import annotations
@@ -51,10 +52,10 @@ class _Weights:
         """(columns,) mean squares, by which quantization weights its errors."""
         if tensor.name not in self.importance.sums:
             return None
-        return self.importance.weights(tensor.name).reshape(-1, tensor.shape[0])[expert]
+        return self.importance.of_matrix(tensor.name, expert)
 
     def per_token(self, tensor: TensorInfo, expert: int) -> np.ndarray | float:
-        """(columns,) squares that a token brings, over all tokens: an expert that is seldom used counts less."""
+        """(columns,) squares a token, over all tokens: an expert that is seldom used counts less."""
         if tensor.name not in self.importance.sums:
             return 1.0
         return self.importance.sums[tensor.name][expert] / self.tokens
@@ -68,7 +69,9 @@ class _Weights:
         for expert in np.unique(sample // per_matrix):
             values = rows_of(self.file, tensor, sample[sample // per_matrix == expert])
             rounded = dequantize(quantize(values, type, self.rounding(tensor, expert)), type, columns)
-            total += float((np.square(rounded - values) * self.per_token(tensor, expert)).sum(dtype=np.float64))
+            total += float(
+                (np.square(rounded - values) * self.per_token(tensor, expert)).sum(dtype=np.float64)
+            )
         return total * num_rows(tensor) / count
 
     def rounded(self, tensor: TensorInfo, type: str, pool: ThreadPoolExecutor) -> np.ndarray:
@@ -105,7 +108,8 @@ def measure_losses(
 ) -> Losses:
     """tensor -> type -> nats of divergence a token that it adds, for `candidates` (tensor -> types).
 
-    Measured with the type of each tensor that is nearest to `bits` a weight. The model is mapped, not streamed.
+    Measured with the type of each tensor that is nearest to `bits` a weight. The model is mapped, not
+    streamed.
     """
     threads = threads or default_threads()
     weights = _Weights(file, importance)
@@ -130,7 +134,9 @@ def measure_losses(
     # A weight that llama.cpp reaches in another way than by its tensor cannot be exchanged: assume the worst.
     highest = max(rates.values(), default=0.0)
     rates = {name: rate or highest for name, rate in rates.items()}
-    return {name: {type: rates[name] * error for type, error in kinds.items()} for name, kinds in found.items()}
+    return {
+        name: {type: rates[name] * error for type, error in kinds.items()} for name, kinds in found.items()
+    }
 
 
 def _probe_type(errors: Mapping[str, float], bits: float) -> str:
@@ -142,7 +148,7 @@ def _probe_type(errors: Mapping[str, float], bits: float) -> str:
 
 
 def group_tensors(tensors: Sequence[TensorInfo], most: int = MAX_GROUPS) -> list[list[TensorInfo]]:
-    """Groups of tensors with one role in neighbouring layers, about `most` at most; one tensor each where that works."""
+    """Groups of tensors with one role in neighbouring layers, about `most` of them; of one each where that works."""
     roles: dict[str, list[TensorInfo]] = {}
     groups = [[tensor] for tensor in tensors if tensor.layer is None]
     for tensor in tensors:
@@ -157,7 +163,7 @@ def group_tensors(tensors: Sequence[TensorInfo], most: int = MAX_GROUPS) -> list
 
 
 class _Bench:
-    """The source under llama.cpp, whose weights can be exchanged in memory, and what it predicts on the text."""
+    """The source under llama.cpp, its weights exchanged in memory, and what it predicts on the text."""
 
     def __init__(self, file: ModelFile, text: str, context: int, threads: int):
         self._file, self._context = file, context
@@ -205,7 +211,7 @@ class _Bench:
         self._baseline.append(_log_softmax(logits))
 
     def divergence(self, patches: Mapping[str, np.ndarray]) -> float:
-        """Mean over the scored tokens, in nats, with `patches` (tensor -> its bytes) in place of its weights."""
+        """Mean over the scored tokens, in nats, with `patches` (tensor -> bytes) in place of its weights."""
         total, seen = 0.0, 0
 
         def compare(_position: int, logits: np.ndarray) -> None:
@@ -221,7 +227,9 @@ class _Bench:
 
     @contextmanager
     def _exchanged(self, patches: Mapping[str, np.ndarray]) -> Iterator[None]:
-        nodes = {name: Node.from_address(self._addresses[name]) for name in patches if name in self._addresses}
+        nodes = {
+            name: Node.from_address(self._addresses[name]) for name in patches if name in self._addresses
+        }
         before = {name: node.data for name, node in nodes.items()}
         try:
             for name, node in nodes.items():

@@ -55,7 +55,9 @@ class Job:
     """
 )
 @click.argument("model", type=click.Path())
-@click.option("-o", "--output", "target", metavar="FILE", required=True, help="Write the quantized model here.")
+@click.option(
+    "-o", "--output", "target", metavar="FILE", required=True, help="Write the quantized model here."
+)
 @click.option("--quant", "type_", metavar="TYPE", required=True, help="Q4_K_M, IQ3_S, Q8_0 ..., or auto.")
 @click.option("--size", metavar="SIZE", help="With auto, the file's size: 2GiB, or 30% of the source.")
 @click.option("--calibration", metavar="FILE", help="Gather an importance matrix from this text.")
@@ -90,14 +92,12 @@ def quantize(
 ) -> None:
     """Write the GGUF file MODEL in fewer bits a weight.
 
-    TYPE is one of llama.cpp's, or auto: then the bits of each tensor are chosen so that the file has --size and loses
-    least on the calibration text, which takes a while. An importance matrix lets quantization round where it matters
-    least; types below 3 bits need one. The calibration text should be like what the model will read, some 20,000
-    tokens; that of --check another one.
+    TYPE is one of llama.cpp's, or auto: then the bits of each tensor are chosen so that the file has --size
+    and loses least on the calibration text, which takes a while. An importance matrix lets quantization round
+    where it matters least; types below 3 bits need one. The calibration text should be like what the model
+    will read, some 20,000 tokens; that of --check another one.
     """
-    job = _job(
-        model, target, type_, size, calibration, importance, check, picture, requantize, memory, force
-    )
+    job = _job(model, target, type_, size, calibration, importance, check, picture, requantize, memory, force)
     facts = run_job(job)
     click.echo(json.dumps(facts) if as_json else table(facts))
 
@@ -124,9 +124,13 @@ def _job(
     is_auto = type_.lower() == AUTO
     type_ = AUTO if is_auto else find_type(type_)
     if is_auto and (size is None or calibration is None):
-        raise ExportError("--quant auto chooses on a text and for a size: give --calibration FILE and --size 2GiB.")
+        raise ExportError(
+            "--quant auto chooses on a text and for a size: give --calibration FILE and --size 2GiB."
+        )
     if size is not None and not is_auto:
-        raise ExportError(f"--size is for --quant auto; the size of {type_} is what it is. Leave one of them out.")
+        raise ExportError(
+            f"--size is for --quant auto; the size of {type_} is what it is. Leave one of them out."
+        )
     if picture is not None and check is None:
         raise ExportError("--picture draws perplexity on the text of --check. Give that too.")
     if picture is not None and Path(picture).suffix.lower() != ".svg":
@@ -347,7 +351,9 @@ def table(facts: dict[str, Any]) -> str:
         lines.append(f"Predicted divergence: {facts['predicted_divergence']:.4f} nats a token")
     if "perplexity" in facts:
         scores = facts["perplexity"]
-        pairs = [f"{s['value']:.4f} ± {s['error']:.4f} {name.replace('_', ' ')}" for name, s in scores.items()]
+        pairs = [
+            f"{s['value']:.4f} ± {s['error']:.4f} {name.replace('_', ' ')}" for name, s in scores.items()
+        ]
         lines.append(f"Perplexity on {scores['before']['tokens']:,} tokens: {', '.join(pairs)}")
     return "\n".join(lines)
 
@@ -357,7 +363,8 @@ def _size_line(path: str, num_bytes: int, bits: float) -> str:
 
 
 def _importance_line(importance: dict[str, Any]) -> str:
-    line = f"Importance from {importance['origin']}: {importance['tokens']:,} tokens, {importance['tensors']} tensors"
+    line = f"Importance from {importance['origin']}: {importance['tokens']:,} tokens"
+    line += f", {importance['tensors']} tensors"
     if importance["unused_experts"]:
         line += f", {importance['unused_experts']} experts never used (a longer text may reach them)"
     return line

@@ -70,8 +70,9 @@ def read_onnx(path: str | os.PathLike, data_of: str | os.PathLike | None = None)
         with open(path, "rb") as file:
             if os.fstat(file.fileno()).st_size == 0:
                 raise ModelFileError(f"{path} is empty: expected an ONNX model.")
-            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped, memoryview(mapped) as data:
-                return _Reader(path, data, Path(data_of or path)).read()
+            # Unmapped when its last view goes: an error keeps views, with which it cannot be closed.
+            data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+            return _Reader(path, data, Path(data_of or path)).read()
     except WireError as error:
         raise ModelFileError(
             f"{path} is not an ONNX model, or is damaged: found {error}. Expected a protobuf message. Download it again."

@@ -1,4 +1,4 @@
-"""Bits chosen for each tensor: the knapsack, what is measured for it, and that the result beats the stock types."""
+"""Bits chosen for each tensor: the knapsack, what is measured for it, and that it beats the stock types."""
 
 from itertools import product
 from xml.etree import ElementTree
@@ -50,7 +50,9 @@ def test_no_other_choice_that_fits_loses_less(seed):
 def test_large_sizes_are_cut_into_steps_that_cost_little():
     rng = np.random.default_rng(1)
     items = {
-        f"item{i}": [Option(str(bits), int(size * bits / 8), size * 4.0**-bits) for bits in (2, 3, 4, 5, 6, 8)]
+        f"item{i}": [
+            Option(str(bits), int(size * bits / 8), size * 4.0**-bits) for bits in (2, 3, 4, 5, 6, 8)
+        ]
         for i, size in enumerate(rng.integers(10**6, 10**9, 300))
     }
     room = int(smallest_bytes(items) * 2.1)
@@ -75,7 +77,11 @@ def test_tensors_are_measured_together_where_a_model_has_many():
 def test_rounding_is_llama_cpps(tmp_path):
     """What a tensor is rounded to in memory is what the file holds afterwards."""
     model = tiny_model(tmp_path, "llama", "F32", layers=1)
-    for type, name in (("Q3_K", "blk.0.ffn_down.weight"), ("IQ4_XS", "blk.0.attn_q.weight"), ("F16", "output.weight")):
+    for type, name in (
+        ("Q3_K", "blk.0.ffn_down.weight"),
+        ("IQ4_XS", "blk.0.attn_q.weight"),
+        ("F16", "output.weight"),
+    ):
         mixture = {"Q3_K": "Q3_K_S", "F16": "Q8_0"}.get(type, type)
         quantize_gguf(model, tmp_path / "out.gguf", mixture, tensor_types={name: type})
         source, written = read_model_file(model), read_model_file(tmp_path / "out.gguf")
@@ -92,7 +98,9 @@ def test_sizes_that_can_be_asked_for(size, expected):
 
     assert target_bytes(size, File) == expected
     for wrong in ("0%", "101%", "x%"):
-        with pytest.raises(ExportError, match="is no share of the source. Expected one above 0% and at most 100%"):
+        with pytest.raises(
+            ExportError, match="is no share of the source. Expected one above 0% and at most 100%"
+        ):
             target_bytes(wrong, File)
 
 
@@ -109,7 +117,7 @@ def measured(request, tmp_path_factory):
 
 
 def divergence(source, model, text):
-    """Mean Kullback-Leibler divergence in nats of what `model` predicts from what `source` does, in float64."""
+    """Mean Kullback-Leibler divergence, in nats, of what `model` predicts from what `source` does."""
     predicted = []
     for path in (source, model):
         with scoring_engine(path, context=CONTEXT, threads=1) as engine:
@@ -151,7 +159,9 @@ def test_files_keep_the_size_that_was_asked_for(measured):
         assert {name: report.tensors[name] for name in choice.types} == choice.types
         before = choice.divergence
     assert choice.divergence == 0
-    with pytest.raises(ExportError, match=r"cannot be made as small as 97.7 KiB: the smallest that can be is .* MiB"):
+    with pytest.raises(
+        ExportError, match=r"cannot be made as small as 97.7 KiB: the smallest that can be is .* MiB"
+    ):
         chooser.choose(100_000)
 
 
@@ -184,7 +194,9 @@ def test_rows_that_no_quantized_type_divides(tmp_path):
     choice = chooser.choose(600_000)
     assert choice.types["blk.0.ffn_down.weight"] in ("F16", "BF16")
     assert BLOCKS[choice.types["blk.0.ffn_up.weight"]].block_size > 1
-    quantize_gguf(model, tmp_path / "out.gguf", choice.mixture, importance=importance, tensor_types=choice.types)
+    quantize_gguf(
+        model, tmp_path / "out.gguf", choice.mixture, importance=importance, tensor_types=choice.types
+    )
 
 
 @needs_texts

@@ -106,12 +106,17 @@ def test_sums_are_pytorchs(model, training):
         parts = windows(engine.model, TEXT, CONTEXT, "a test")
     sums, counts = sums_by_pytorch(network, parts, training["export"].gguf_name)
     routers = {name for name in found.sums if name.endswith("ffn_gate_inp.weight")}
-    assert found.sums.keys() - routers == sums.keys() and (found.chunks, found.chunk_tokens) == (len(parts), CONTEXT)
+    assert found.sums.keys() - routers == sums.keys() and (found.chunks, found.chunk_tokens) == (
+        len(parts),
+        CONTEXT,
+    )
     for name, expected in sums.items():
         # llama.cpp's attention is float16: a token between two experts may go to the other
         assert np.abs(counts[name] - found.counts[name]).sum() <= 4, name
         tolerance = 0.1 if len(expected) > 1 else 0.01
-        np.testing.assert_allclose(found.sums[name], expected, rtol=tolerance, atol=0.01 * expected.max(), err_msg=name)
+        np.testing.assert_allclose(
+            found.sums[name], expected, rtol=tolerance, atol=0.01 * expected.max(), err_msg=name
+        )
         np.testing.assert_allclose(found.sums[name].sum(), expected.sum(), rtol=2e-3, err_msg=name)
 
 
@@ -160,7 +165,10 @@ def test_the_file_is_as_llama_imatrix_writes_it(model, tmp_path):
     assert len(tensors) == 2 * len(found.sums)
     for name, sums in found.sums.items():
         written, counts = tensors[name + ".in_sum2"], tensors[name + ".counts"]
-        assert list(written.shape) == [sums.shape[1], sums.shape[0]] and list(counts.shape) == [1, sums.shape[0]]
+        assert list(written.shape) == [sums.shape[1], sums.shape[0]] and list(counts.shape) == [
+            1,
+            sums.shape[0],
+        ]
         np.testing.assert_array_equal(np.array(written.data).reshape(sums.shape), sums)
     again = load_importance(tmp_path / "matrix.gguf")
     assert (again.chunks, again.chunk_tokens, again.origin) == (found.chunks, CONTEXT, "matrix.gguf")
@@ -182,9 +190,15 @@ ONE = np.ones((1, 1), np.float32)
         ({"x": ONE}, "is no importance matrix: expected a GGUF file of type 'imatrix'"),
         ({"a.in_sum2": ONE}, "has a.in_sum2, but no a.counts"),
         ({"a.in_sum2": np.full((1, 4), np.nan, np.float32), "a.counts": ONE}, "sums of a are not all finite"),
-        ({"a.in_sum2": -np.ones((1, 4), np.float32), "a.counts": ONE}, "sums of a are not all finite and positive"),
+        (
+            {"a.in_sum2": -np.ones((1, 4), np.float32), "a.counts": ONE},
+            "sums of a are not all finite and positive",
+        ),
         ({"a.in_sum2": np.ones((1, 4), np.float16), "a.counts": ONE}, "a.in_sum2 is F16, expected F32"),
-        ({"a.in_sum2": np.ones((1, 4), np.float32), "a.counts": np.ones((3, 1), np.float32)}, "4 sums for 3 matrices"),
+        (
+            {"a.in_sum2": np.ones((1, 4), np.float32), "a.counts": np.ones((3, 1), np.float32)},
+            "4 sums for 3 matrices",
+        ),
     ],
 )
 def test_files_that_are_no_matrix(tmp_path, tensors, words):
@@ -206,7 +220,9 @@ def test_other_files(tmp_path):
     with pytest.raises(ExportError, match="is no importance matrix"):
         load_importance(ROOT / "models" / "story.gguf")
     old = tmp_path / "imatrix.dat"
-    old.write_bytes((200).to_bytes(4, "little") + (19).to_bytes(4, "little") + b"blk.0.attn_k.weight" + bytes(99))
+    old.write_bytes(
+        (200).to_bytes(4, "little") + (19).to_bytes(4, "little") + b"blk.0.attn_k.weight" + bytes(99)
+    )
     with pytest.raises(ExportError, match="llama.cpp's old form. Convert it: llama-imatrix --in-file"):
         load_importance(old)
     with pytest.raises(ModelFileError, match="is not a GGUF model"):
@@ -217,7 +233,9 @@ def test_other_files(tmp_path):
 
 def test_texts_and_models_that_give_nothing(tmp_path):
     model = tiny_model(tmp_path, "llama", "F32", layers=1)
-    with pytest.raises(ExportError, match="The text for calibration is too short: it has .* tokens, expected 512"):
+    with pytest.raises(
+        ExportError, match="The text for calibration is too short: it has .* tokens, expected 512"
+    ):
         gather_importance(model, "Too short.", threads=1)
     broken = tmp_path / "broken.gguf"
     data = bytearray(model.read_bytes())

@@ -43,7 +43,13 @@ def stock(monkeypatch):
         return params
 
     monkeypatch.setattr(bindings, "llama_model_default_params", plain_params)
-    options = {"n_batch": CONTEXT, "n_threads": 1, "n_threads_batch": 1, "logits_all": True, "flash_attn": True}
+    options = {
+        "n_batch": CONTEXT,
+        "n_threads": 1,
+        "n_threads_batch": 1,
+        "logits_all": True,
+        "flash_attn": True,
+    }
     llama = llama_cpp.Llama(str(STORY), n_ctx=CONTEXT, verbose=False, **options)
     yield llama
     llama.close()
@@ -98,7 +104,11 @@ def test_the_end_of_the_text_and_long_windows():
 @pytest.mark.parametrize(
     "text, context, words",
     [
-        ("Once upon a time", 512, r"The text for perplexity is too short: it has \d tokens, expected 512 at least"),
+        (
+            "Once upon a time",
+            512,
+            r"The text for perplexity is too short: it has \d tokens, expected 512 at least",
+        ),
         ("", 64, "too short: it has 1 tokens, expected 64"),
         (TEXT, 4, "A window of 4 tokens is too short. Expected 8"),
     ],

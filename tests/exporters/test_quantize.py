@@ -1,4 +1,4 @@
-"""GGUF files quantized by llama.cpp in a child process: every type, what is refused, and what failures leave."""
+"""GGUF files quantized by llama.cpp in a child process: every type, what is refused, what failures leave."""
 
 import os
 import resource
@@ -59,8 +59,18 @@ def weights(path):
     }
 
 
-#: The largest relative error of a matrix of normal weights, by bits a weight. Ternary types are for other matrices.
-ERRORS = ((1.3, 0.75), (1.9, 0.62), (2.7, 0.45), (3.6, 0.27), (4.8, 0.13), (6, 0.07), (7, 0.035), (9, 0.012), (33, 3e-3))
+#: The largest relative error of normal weights, by bits a weight. Ternary types are for other matrices.
+ERRORS = (
+    (1.3, 0.75),
+    (1.9, 0.62),
+    (2.7, 0.45),
+    (3.6, 0.27),
+    (4.8, 0.13),
+    (6, 0.07),
+    (7, 0.035),
+    (9, 0.012),
+    (33, 3e-3),
+)
 TERNARY = {"TQ1_0": 0.75, "TQ2_0": 0.75}
 NOT_IN_GGUF_PACKAGE = ("Q1_0", "Q2_0")
 
@@ -83,7 +93,10 @@ def test_every_type_is_what_it_says(folder, tmp_path, type):
 @pytest.mark.parametrize("type, bits", [("Q1_0", 1.125), ("Q2_0", 2.25)])
 def test_types_that_the_gguf_package_does_not_know(source, tmp_path, type, bits):
     report = quantize_gguf(source, tmp_path / "out.gguf", type)
-    assert report.tensors["blk.0.ffn_up.weight"] == type and BLOCKS[type].block_bytes * 8 / BLOCKS[type].block_size == bits
+    assert (
+        report.tensors["blk.0.ffn_up.weight"] == type
+        and BLOCKS[type].block_bytes * 8 / BLOCKS[type].block_size == bits
+    )
 
 
 def test_the_list_of_types_is_llama_cpps():
@@ -93,7 +106,9 @@ def test_the_list_of_types_is_llama_cpps():
 
 
 def test_an_unknown_type_is_answered_with_the_known_ones(source, tmp_path):
-    with pytest.raises(ExportError, match=r"type 'Q4_X' is unknown. Expected one of F32, F16, .*Q4_K_M.*IQ1_M"):
+    with pytest.raises(
+        ExportError, match=r"type 'Q4_X' is unknown. Expected one of F32, F16, .*Q4_K_M.*IQ1_M"
+    ):
         quantize_gguf(source, tmp_path / "out.gguf", "Q4_X")
     assert list(tmp_path.iterdir()) == []
 
@@ -125,7 +140,9 @@ def test_wrong_types_of_single_tensors_are_named(source, tmp_path, types, words)
 
 def test_rows_that_a_type_cannot_divide(folder, tmp_path):
     narrow = tiny_model(folder, "llama", "F16", layers=1, ffn=320)
-    with pytest.raises(ExportError, match="rows of 320 elements are not a multiple of 256, the block size of Q4_K"):
+    with pytest.raises(
+        ExportError, match="rows of 320 elements are not a multiple of 256, the block size of Q4_K"
+    ):
         quantize_gguf(narrow, tmp_path / "out.gguf", "Q4_K_M", tensor_types={"blk.0.ffn_down.weight": "Q4_K"})
     report = quantize_gguf(narrow, tmp_path / "out.gguf", "Q4_K_M")
     assert report.tensors["blk.0.ffn_down.weight"] == "Q8_0"  # llama.cpp's own stand-in for Q6_K
@@ -147,7 +164,9 @@ def test_types_that_need_an_importance_matrix_say_so_before_work(source, tmp_pat
 def test_a_matrix_that_lacks_a_tensor(source, importance, tmp_path):
     part = Importance({**importance.sums}, importance.counts, 1, 512, "half.gguf")
     del part.sums["blk.0.ffn_up.weight"]
-    with pytest.raises(ExportError, match="IQ2_XS needs the importance of blk.0.ffn_up.weight, .* half.gguf does not"):
+    with pytest.raises(
+        ExportError, match="IQ2_XS needs the importance of blk.0.ffn_up.weight, .* half.gguf does not"
+    ):
         quantize_gguf(source, tmp_path / "out.gguf", "IQ2_XS", importance=part)
     report = quantize_gguf(source, tmp_path / "out.gguf", "Q4_K_M", importance=part)
     assert report.without_importance == ("blk.0.ffn_up.weight",)
@@ -156,7 +175,9 @@ def test_a_matrix_that_lacks_a_tensor(source, importance, tmp_path):
 def test_another_models_matrix_is_refused(source, importance, tmp_path):
     wide = {**importance.sums, "blk.0.ffn_up.weight": np.ones((1, 512), np.float32)}
     other = Importance(wide, importance.counts, 1, 512, "other.gguf")
-    with pytest.raises(ExportError, match="512 values for blk.0.ffn_up.weight, the model needs 256: it is another"):
+    with pytest.raises(
+        ExportError, match="512 values for blk.0.ffn_up.weight, the model needs 256: it is another"
+    ):
         quantize_gguf(source, tmp_path / "out.gguf", "Q4_K_M", importance=other)
     stranger = Importance({"x": np.ones((1, 4))}, {"x": np.array([1])}, 1, 512, "stranger.gguf")
     with pytest.raises(ExportError, match="stranger.gguf names none of the tensors"):
@@ -205,7 +226,10 @@ def test_a_split_source(source, tmp_path):
     quantize_gguf(first, tmp_path / "out.gguf", "Q4_K_M")
     quantize_gguf(source, whole, "Q4_K_M")
     assert weights(tmp_path / "out.gguf").keys() == weights(whole).keys()
-    assert all(np.array_equal(values, weights(whole)[name]) for name, values in weights(tmp_path / "out.gguf").items())
+    assert all(
+        np.array_equal(values, weights(whole)[name])
+        for name, values in weights(tmp_path / "out.gguf").items()
+    )
     assert "split.count" not in gguf.GGUFReader(tmp_path / "out.gguf").fields
 
 
@@ -217,7 +241,9 @@ def _split(source, folder):
         if field.name.startswith("GGUF.") or field.name == "general.architecture":
             continue
         kind = field.types[0]
-        writer.add_key_value(field.name, field.contents(), kind, field.types[-1] if len(field.types) > 1 else None)
+        writer.add_key_value(
+            field.name, field.contents(), kind, field.types[-1] if len(field.types) > 1 else None
+        )
     for tensor in reader.tensors:
         writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
     writer.write_header_to_file()
@@ -238,7 +264,9 @@ def test_a_full_disk_is_explained_and_leaves_nothing(source, tmp_path):
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, before[1]))
     try:
-        with pytest.raises(ExportError, match="disk is full, or the file would be too large for it: .*out.gguf"):
+        with pytest.raises(
+            ExportError, match="disk is full, or the file would be too large for it: .*out.gguf"
+        ):
             with Target(tmp_path / "out.gguf") as part:
                 quantize_gguf(source, part, "Q8_0")
     finally:
@@ -287,11 +315,15 @@ def test_llama_cpps_reason_is_in_the_error(source, tmp_path):
     tensor = read_model_file(source).tensor("blk.0.ffn_up.weight")
     data[tensor.offset : tensor.offset + 4] = np.float32(np.nan).tobytes()
     broken.write_bytes(data)
-    with pytest.raises(ExportError, match="llama.cpp gave up while quantizing .*blk.0.ffn_up.weight.*invalid data"):
+    with pytest.raises(
+        ExportError, match="llama.cpp gave up while quantizing .*blk.0.ffn_up.weight.*invalid data"
+    ):
         quantize_gguf(broken, tmp_path / "out.gguf", "Q4_K_M")
 
 
 def test_which_tensors_need_importance():
-    assert needs_importance("blk.0.ffn_up.weight", "IQ3_XXS") and not needs_importance("output.weight", "IQ3_XXS")
+    assert needs_importance("blk.0.ffn_up.weight", "IQ3_XXS") and not needs_importance(
+        "output.weight", "IQ3_XXS"
+    )
     assert needs_importance("output.weight", "IQ2_XXS")  # ggml ends the process without
     assert needs_importance("blk.0.ffn_up.weight", "Q2_K", "Q2_K_S") and "Q8_K" not in TENSOR_TYPES

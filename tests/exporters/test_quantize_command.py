@@ -41,10 +41,14 @@ def test_a_type_by_name(run, model, tmp_path):
 
 
 def test_perplexity_with_and_without_the_matrix(run, model):
-    facts = json.loads(run(model, "-o", "out.gguf", "--quant", "Q3_K_S", "--calibration", PAGE, "--check", "--json"))
+    facts = json.loads(
+        run(model, "-o", "out.gguf", "--quant", "Q3_K_S", "--calibration", PAGE, "--check", "--json")
+    )
     assert set(facts["perplexity"]) == {"before", "after", "without_importance"}
     assert all(score["tokens"] > 250 and score["value"] > 1 for score in facts["perplexity"].values())
-    assert facts["importance"]["tokens"] >= 1024 and facts["importance"]["quantized_without"] == ["token_embd.weight"]
+    assert facts["importance"]["tokens"] >= 1024 and facts["importance"]["quantized_without"] == [
+        "token_embd.weight"
+    ]
     assert facts["source_bytes"] > 2 * facts["target_bytes"] and facts["bits_per_weight"] < 5
 
 
@@ -53,7 +57,9 @@ def test_the_matrix_is_kept_and_used_again(run, model, tmp_path):
     run(model, "-o", "b.gguf", "--quant", "IQ3_XXS", "--importance", "matrix.gguf")
     a, b = (gguf.GGUFReader(tmp_path / name) for name in ("a.gguf", "b.gguf"))
     assert all((x.data == y.data).all() for x, y in zip(a.tensors, b.tensors))
-    again = run(model, "-o", "c.gguf", "--quant", "Q8_0", "--calibration", PAGE, "--importance", "matrix.gguf", code=1)
+    again = run(
+        model, "-o", "c.gguf", "--quant", "Q8_0", "--calibration", PAGE, "--importance", "matrix.gguf", code=1
+    )
     assert "matrix.gguf exists already. Give another -o, or --force" in again
     assert not (tmp_path / "c.gguf").exists()
 
@@ -61,7 +67,18 @@ def test_the_matrix_is_kept_and_used_again(run, model, tmp_path):
 def test_auto_with_a_picture(run, model, tmp_path, monkeypatch):
     monkeypatch.setattr("edgeinfer.exporters.curve.STOCK", ("Q4_K_M",))
     monkeypatch.setattr("edgeinfer.exporters.curve.AUTO_AT", ("Q4_K_M",))
-    options = ("--quant", "auto", "--size", "30%", "--calibration", PAGE, "--check", PAGE, "--picture", "p.svg")
+    options = (
+        "--quant",
+        "auto",
+        "--size",
+        "30%",
+        "--calibration",
+        PAGE,
+        "--check",
+        PAGE,
+        "--picture",
+        "p.svg",
+    )
     facts = json.loads(run(model, "-o", "out.gguf", *options, "--json"))
     assert facts["target_bytes"] <= facts["size_asked_for"] == int(0.3 * facts["source_bytes"])
     assert facts["predicted_divergence"] > 0 and len(facts["curve"]) == 3
@@ -86,7 +103,10 @@ def test_auto_with_a_picture(run, model, tmp_path, monkeypatch):
         (["--quant", "Q8_0", "--importance", "none.gguf"], "none.gguf: there is no such file"),
         (["--quant", "Q8_0", "--importance", PAGE], "page.txt: is not a GGUF model"),
         (["--quant", "Q8_0", "--picture", "p.svg"], "--picture draws perplexity on the text of --check"),
-        (["--quant", "Q8_0", "--picture", "p.png", "--check"], "expected a name that ends in .svg, found 'p.png'"),
+        (
+            ["--quant", "Q8_0", "--picture", "p.png", "--check"],
+            "expected a name that ends in .svg, found 'p.png'",
+        ),
         (["--quant", "Q8_0", "--memory", "1MiB", "--check"], "1.00 MiB"),
     ],
 )
@@ -103,7 +123,9 @@ def test_targets_that_are_kept(run, model, tmp_path):
     run(model, "-o", "out.gguf", "--quant", "Q8_0", "--force")
     assert read_model_file(tmp_path / "out.gguf").architecture == "llama"
     assert "is the model itself" in run("out.gguf", "-o", "out.gguf", "--quant", "Q8_0", "--force", code=1)
-    assert "The folder for the result does not exist" in run(model, "-o", "no/out.gguf", "--quant", "Q8_0", code=1)
+    assert "The folder for the result does not exist" in run(
+        model, "-o", "no/out.gguf", "--quant", "Q8_0", code=1
+    )
 
 
 def test_a_quantized_model(run, tmp_path):
