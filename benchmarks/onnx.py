@@ -33,7 +33,9 @@ class OnnxMeasurements:
         return self.model.with_name(self.model.name + ".data")
 
     def child(self, engine: str, batch: int, limit: int | None, passes: int) -> dict:
-        """One process under test from an empty page cache; ChildError says how it ended when it gave no numbers."""
+        """One process under test from an empty page cache; ChildError says how it ended when it gave no
+        numbers.
+        """
         command = [sys.executable, "-m", "benchmarks.onnx_child", engine, str(self.model)]
         command += ["--batch", str(batch), "--threads", str(self.settings.threads), "--passes", str(passes)]
         if engine == "edgeinfer" and limit is not None:

@@ -28,7 +28,9 @@ EPSILON = 1e-5
 
 @dataclass(frozen=True)
 class Encoder:
-    """Layers that read [batch, sequence] token ids and give [batch, sequence, width] float32. `bits`: 32 or 4."""
+    """Layers that read [batch, sequence] token ids and give [batch, sequence, width] float32. `bits`: 32
+    or 4.
+    """
 
     layers: int
     width: int = 1024
@@ -74,7 +76,9 @@ class Encoder:
 
 @dataclass(frozen=True)
 class Weight:
-    """A tensor of values spread evenly, with the given standard deviation around `mean`; of random bits where uint8."""
+    """A tensor of values spread evenly, with the given standard deviation around `mean`; of random bits
+    where uint8.
+    """
 
     name: str
     shape: tuple[int, ...]

@@ -43,10 +43,11 @@ class OnnxStatistics:
 
 
 class OnnxModel:
-    """An opened model: `run` it, then close it, or use it as a context manager. One `run` at a time: others wait.
+    """An opened model: `run` it, then close it, or use it as a context manager. One `run` at a time:
+    others wait.
 
-    `inputs`, `outputs`: what `run` takes and gives; `metadata`: the file's own key-value pairs; `plan`: how it is run,
-    which changes when inputs of new sizes come.
+    `inputs`, `outputs`: what `run` takes and gives; `metadata`: the file's own key-value pairs; `plan`: how
+    it is run, which changes when inputs of new sizes come.
     """
 
     def __init__(self, file: OnnxFile, opened: Opened, started: float):
@@ -77,8 +78,9 @@ class OnnxModel:
     ) -> dict[str, np.ndarray]:
         """The outputs by name (None: all of them) for `feeds`, an array for each input.
 
-        Raises InputError where a name, type or shape is not the model's, EngineError where ONNX Runtime fails,
-        BudgetError where the input needs more than the budget leaves, ReadError where weights cannot be read any more.
+        Raises InputError where a name, type or shape is not the model's, EngineError where ONNX Runtime
+        fails, BudgetError where the input needs more than the budget leaves, ReadError where weights cannot
+        be read any more.
         """
         arrays = check_feeds(self.inputs, feeds)
         wanted = self._wanted(outputs)
@@ -94,17 +96,20 @@ class OnnxModel:
 
     @property
     def session(self) -> InferenceSession | None:
-        """The stock session that holds all of the model, for binding its inputs and outputs; None where it is run in
-        stages, and once it is closed."""
+        """The stock session that holds all of the model, for binding its inputs and outputs; None where it
+        is run in stages, and once it is closed.
+        """
         return self._runner.session if isinstance(self._runner, StockModel) else None
 
     def stream(
         self, *, form: str | None = None, state: Mapping[str, str] | None = None, rate: int | None = None
     ) -> ModelStream:
-        """The model on a stream, its state carried from step to step: see edgeinfer.streams.model_stream.ModelStream.
+        """The model on a stream, its state carried from step to step: see
+        edgeinfer.streams.model_stream.ModelStream.
 
-        `form`: the name of what describes the model, or a JSON file (None: found by its inputs and outputs); `state`:
-        {input: output}, where it is not found by itself; `rate`: samples a second. Raises InputError.
+        `form`: the name of what describes the model, or a JSON file (None: found by its inputs and outputs);
+        `state`: {input: output}, where it is not found by itself; `rate`: samples a second. Raises
+        InputError.
         """
         from edgeinfer.forms import read_form
         from edgeinfer.streams.model_stream import ModelStream
@@ -119,7 +124,9 @@ class OnnxModel:
         return known if outputs is None else list(outputs)
 
     def read_pass(self) -> int:
-        """Read the streamed weights of one pass without computing, and give the bytes; 0 where nothing is streamed."""
+        """Read the streamed weights of one pass without computing, and give the bytes; 0 where nothing is
+        streamed.
+        """
         with self._running:
             return self._runner.read_pass() if self._runner is not None else 0
 
@@ -163,11 +170,12 @@ def open_onnx(
     progress: Callable[[float], None] | None = None,
     say: Callable[[str], None] | None = None,
 ) -> OnnxModel:
-    """Open the ONNX model at `path` so that the process stays within `memory` (bytes, "2GiB", "50%"; None: what is free).
+    """Open the ONNX model at `path` so that the process stays within `memory` (bytes, "2GiB", "50%"; None:
+    what is free).
 
-    `threads`: computing threads; `provider`: "cpu", "cuda" or "tensorrt" (None: the best that is there); `progress`:
-    called with the finished fraction of what has to be done first; `say`: called with a sentence for people before a
-    model is prepared. Raises ModelFileError, BudgetError, EngineError.
+    `threads`: computing threads; `provider`: "cpu", "cuda" or "tensorrt" (None: the best that is there);
+    `progress`: called with the finished fraction of what has to be done first; `say`: called with a sentence
+    for people before a model is prepared. Raises ModelFileError, BudgetError, EngineError.
     """
     started = time.perf_counter()
     options = {"memory": memory, "threads": threads, "provider": provider, "progress": progress, "say": say}

@@ -1,1 +1,3 @@
-"""ONNX models inside a memory budget: what is in a file, where it is cut, how its stages are prepared and run."""
+"""ONNX models inside a memory budget: what is in a file, where it is cut, how its stages are prepared and
+run.
+"""

@@ -1,7 +1,8 @@
 """Prepared models in the user's cache folder: found by content, bounded in size, whole or not there at all.
 
-An entry is a folder. It is made beside its place and renamed, under a lock, so that a crash leaves nothing that looks
-done and two processes do not make the same one. Who uses an entry holds a shared lock on it, so it is not removed.
+An entry is a folder. It is made beside its place and renamed, under a lock, so that a crash leaves nothing
+that looks done and two processes do not make the same one. Who uses an entry holds a shared lock on it, so it
+is not removed.
 """
 
 from __future__ import annotations
@@ -63,8 +64,8 @@ def find(key: str) -> Entry | None:
 def find_or_make(key: str, needed_bytes: int, make: Callable[[Path], None]) -> Entry:
     """The entry of this key; where there is none, `make(folder)` fills an empty folder, a manifest too.
 
-    `needed_bytes`: about what the entry will take. Older entries are removed for it. Raises EngineError where the disk
-    has no room or the cache folder cannot be written.
+    `needed_bytes`: about what the entry will take. Older entries are removed for it. Raises EngineError where
+    the disk has no room or the cache folder cannot be written.
     """
     found = find(key)
     if found is not None:
@@ -115,8 +116,10 @@ def make_room(needed_bytes: int) -> None:
     free = shutil.disk_usage(root()).free
     if free < wanted:
         raise EngineError(
-            f"Preparing the model takes about {format_size(wanted)} in {root()}, which has {format_size(free)} free. "
-            "Make room there, or set XDG_CACHE_HOME to a folder on another disk, or give a --memory that holds the model."
+            f"Preparing the model takes about {format_size(wanted)} in {root()}, which has "
+            f"{format_size(free)} free. "
+            "Make room there, or set XDG_CACHE_HOME to a folder on another disk, or give a --memory that "
+            "holds the model."
         )
 
 

@@ -1,7 +1,8 @@
 """Where a graph may be cut into stages, and the model of each stage.
 
-A cut lies between two nodes of the graph's order. What was computed before it and is used behind it is handed over, so
-narrow places, where few tensors are, make good cuts. Weights are not handed over: each stage has those that it uses.
+A cut lies between two nodes of the graph's order. What was computed before it and is used behind it is handed
+over, so narrow places, where few tensors are, make good cuts. Weights are not handed over: each stage has
+those that it uses.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ NARROW = (
 
 @dataclass(frozen=True)
 class Stage:
-    """Nodes [first, last) of the graph. `inputs`, `outputs`: tensors it takes and gives, of the model's own or not."""
+    """Nodes [first, last) of the graph. `inputs`, `outputs`: tensors it takes and gives, of the model's
+    own or not.
+    """
 
     first: int
     last: int
@@ -44,7 +47,9 @@ class Graph:
         self._crossing = self._find_crossing()
 
     def _find_crossing(self) -> list[int]:
-        """How many tensors cross the place before each node; -1 where one has no type that a stage could state."""
+        """How many tensors cross the place before each node; -1 where one has no type that a stage could
+        state.
+        """
         last_use = {name: number for number, used in enumerate(self._used) for name in used}
         change = [0] * (len(self.nodes) + 1)
         untyped = [0] * (len(self.nodes) + 1)
@@ -66,7 +71,9 @@ class Graph:
         return info is not None and info.type.HasField("tensor_type") and info.type.tensor_type.elem_type != 0
 
     def places(self, widest: int | None = NARROW) -> list[int]:
-        """Numbers of nodes before which the graph may be cut, handing over at most `widest` tensors (None: any number)."""
+        """Numbers of nodes before which the graph may be cut, handing over at most `widest` tensors (None:
+        any number).
+        """
         return [
             number
             for number in range(1, len(self.nodes))
@@ -161,8 +168,8 @@ def choose_cuts(
 ) -> list[int]:
     """Cuts at narrow places so that stages hold at most `stage_bytes` of weights, or one node that has more.
 
-    A stage ends at the narrowest place among those where it holds from half to all of what it may; where there is none,
-    at the last place before, or else the first one behind.
+    A stage ends at the narrowest place among those where it holds from half to all of what it may; where
+    there is none, at the last place before, or else the first one behind.
     """
     allowed = set(graph.places(widest))
     nbytes = graph.node_bytes(sizes)

@@ -1,6 +1,8 @@
-"""What is in an ONNX file, read without its weights: tensors and where they lie, operators, inputs and outputs.
+"""What is in an ONNX file, read without its weights: tensors and where they lie, operators, inputs and
+outputs.
 
-Also its skeleton: the same model with the bytes of large tensors left in the file, so that gigabytes need no memory.
+Also its skeleton: the same model with the bytes of large tensors left in the file, so that gigabytes need no
+memory.
 """
 
 from __future__ import annotations
@@ -54,7 +56,9 @@ class OnnxFile:
 
     @property
     def num_parameters(self) -> int:
-        """Elements of tensors of real numbers, and of quantized ones; not of integers that are indices or shapes."""
+        """Elements of tensors of real numbers, and of quantized ones; not of integers that are indices or
+        shapes.
+        """
         return sum(
             tensor.num_elements for tensor in self.tensors if tensor.type not in ("int64", "int32", "string")
         )
@@ -75,7 +79,8 @@ def read_onnx(path: str | os.PathLike, data_of: str | os.PathLike | None = None)
             return _Reader(path, data, Path(data_of or path)).read()
     except WireError as error:
         raise ModelFileError(
-            f"{path} is not an ONNX model, or is damaged: found {error}. Expected a protobuf message. Download it again."
+            f"{path} is not an ONNX model, or is damaged: found {error}. Expected a protobuf message. "
+            "Download it again."
         ) from error
     except IsADirectoryError:
         raise ModelFileError(f"{path} is a folder: expected an .onnx file.") from None
@@ -154,7 +159,9 @@ class _Reader:
         return b"".join([*parts, self._data[copied:end]])
 
     def _tensor(self, field: Field) -> bytes | None:
-        """Notes the tensor. For a large one whose bytes are in this file: its message with a reference to them."""
+        """Notes the tensor. For a large one whose bytes are in this file: its message with a reference to
+        them.
+        """
         tensor = read_tensor(self._data, field.start, field.end, self._path, self._locate)
         self._tensors.append(tensor)
         if tensor.path != self._path or tensor.offset is None or tensor.nbytes < LARGE_BYTES:

@@ -19,7 +19,9 @@ _PRESENT = 1 << 63
 
 @dataclass(frozen=True)
 class Mapping:
-    """`nbytes` at `address` are those of a file from `offset` on; whole pages, the last of which may reach past its end."""
+    """`nbytes` at `address` are those of a file from `offset` on; whole pages, the last of which may reach
+    past its end.
+    """
 
     address: int
     offset: int
@@ -60,7 +62,9 @@ def is_touched(mapping: Mapping) -> bool:
 
 
 def give_back_memory() -> None:
-    """What was freed while a session was made goes back to the system; the next one would not find it all again."""
+    """What was freed while a session was made goes back to the system; the next one would not find it all
+    again.
+    """
     try:
         ctypes.CDLL(None).malloc_trim(0)
     except (OSError, AttributeError):  # another C library

@@ -1,4 +1,6 @@
-"""What a prepared model depends on: the bytes of the model, this processor, this ONNX Runtime, and how it was prepared."""
+"""What a prepared model depends on: the bytes of the model, this processor, this ONNX Runtime, and how it
+was prepared.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ _CHUNK_BYTES = 4 << 20
 
 
 def entry_key(paths: Sequence[Path], *options: object) -> str:
-    """The name of a cache entry: 32 hexadecimal digits. `options`: plain values that the preparation depends on."""
+    """The name of a cache entry: 32 hexadecimal digits. `options`: plain values that the preparation
+    depends on.
+    """
     parts = [ort.__version__, processor(), [content_digest(path) for path in paths], list(options)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 

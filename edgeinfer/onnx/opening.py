@@ -1,4 +1,6 @@
-"""Opening an ONNX model under a byte budget: one stock session where it fits, else stages that are prepared once."""
+"""Opening an ONNX model under a byte budget: one stock session where it fits, else stages that are
+prepared once.
+"""
 
 from __future__ import annotations
 
@@ -59,8 +61,10 @@ def open_model(
     if choice.name != "cpu":
         if provider is not None:
             raise BudgetError(
-                f"The budget of {format_size(budget)} does not hold this model, and {choice.name} needs all of it: "
-                f"{format_size(stock_plan(file, budget, '').ledger.total)}. Raise --memory, or compute on the CPU."
+                f"The budget of {format_size(budget)} does not hold this model, and {choice.name} needs all "
+                "of it: "
+                f"{format_size(stock_plan(file, budget, '').ledger.total)}. Raise --memory, or compute on "
+                "the CPU."
             )
         choice = replace(
             choose_provider("cpu"), reason=f"{choice.name} needs the whole model within the budget."
@@ -69,7 +73,7 @@ def open_model(
 
 
 def plan_stock(file: OnnxFile, budget_bytes: int) -> OnnxPlan | None:
-    """The plan of one stock session where it fits, or where there is no other way; None: stages are needed."""
+    """The plan of one stock session where it fits or nothing else works; None: stages are needed."""
     plan = stock_plan(file, budget_bytes, "The whole model fits the budget.")
     if plan.ledger.total <= budget_bytes:
         return plan
@@ -130,7 +134,8 @@ def _maker(
         if say:
             size = format_size(int(file.weights_bytes * 2.1))
             say(
-                f"Preparing {file.path.name} for this processor, once. It takes about {size} in {folder.parent}."
+                f"Preparing {file.path.name} for this processor, once. It takes about {size} in "
+                f"{folder.parent}."
             )
         prepare_in_child(file.path, folder, stage_bytes, budget - process_memory().rss_bytes, progress)
 

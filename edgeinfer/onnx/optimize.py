@@ -1,6 +1,8 @@
-"""The graph that a stock session would run: ONNX Runtime's own optimizations, applied to the whole model at once.
+"""The graph that a stock session would run: ONNX Runtime's own optimizations, applied to the whole model
+at once.
 
-Cutting comes after this, so that each node of a stage is computed by the kernel that computes it in one session.
+Cutting comes after this, so that each node of a stage is computed by the kernel that computes it in one
+session.
 """
 
 from __future__ import annotations
@@ -23,10 +25,11 @@ _FOLDER = "session.model_external_initializers_file_folder_path"
 
 
 def optimize(file: OnnxFile, to: Path) -> onnx.ModelProto:
-    """Optimize the model and write the result to `to`; gives it with the bytes of large tensors left in their files.
+    """Optimize the model and write the result to `to`; gives it with the bytes of large tensors left in
+    their files.
 
-    Tensors that the optimizations made are in `to`, the others where they were. Raises ModelFileError where ONNX
-    Runtime refuses the model.
+    Tensors that the optimizations made are in `to`, the others where they were. Raises ModelFileError where
+    ONNX Runtime refuses the model.
     """
     options = without_weights(file.path.parent)
     options.optimized_model_filepath = os.fspath(to)
@@ -38,7 +41,9 @@ def optimize(file: OnnxFile, to: Path) -> onnx.ModelProto:
 
 
 def as_it_is(file: OnnxFile, folder: Path) -> onnx.ModelProto:
-    """The model without any optimization, its constants as weights; `folder` is for files that are there for a moment."""
+    """The model without any optimization, its constants as weights; `folder` is for files that are there
+    for a moment.
+    """
     model = onnx.ModelProto.FromString(file.skeleton)
     nodes = list(model.graph.node)
     del model.graph.node[:]
@@ -65,8 +70,8 @@ def without_weights(folder: Path) -> ort.SessionOptions:
 def add_types(model: onnx.ModelProto, file: OnnxFile, beside: Path) -> None:
     """State the type and shape of each tensor between two nodes, as ONNX Runtime infers them.
 
-    Operators of ONNX Runtime's own are in the graph by now, which nothing else can infer. Large weights do not matter
-    for that: files that are all holes stand in for them, as they may lie in two folders.
+    Operators of ONNX Runtime's own are in the graph by now, which nothing else can infer. Large weights do
+    not matter for that: files that are all holes stand in for them, as they may lie in two folders.
     """
     asked = onnx.ModelProto()
     asked.CopyFrom(model)
@@ -115,7 +120,9 @@ def all_tensors(graph: onnx.GraphProto) -> Iterable[onnx.TensorProto]:
 
 
 def _value_info(port: ort.NodeArg) -> onnx.ValueInfoProto:
-    """Sizes that vary are left open. So is the rank where it is 0: the same is said of tensors of unknown rank."""
+    """Sizes that vary are left open. So is the rank where it is 0: the same is said of tensors of unknown
+    rank.
+    """
     names = {"float": "FLOAT", "double": "DOUBLE"}
     kind = port.type.removeprefix("tensor(").removesuffix(")")
     info = onnx.ValueInfoProto(name=port.name)

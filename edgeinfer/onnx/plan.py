@@ -1,7 +1,7 @@
 """Which weights of a staged model stay and which are streamed, under one budget.
 
-A stage computes with all of its weights in memory, while those of the next one are read: the ring for streamed weights
-holds what two stages that follow each other stream.
+A stage computes with all of its weights in memory, while those of the next one are read: the ring for
+streamed weights holds what two stages that follow each other stream.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ READING_THREADS = 8
 
 @dataclass(frozen=True)
 class Block:
-    """Whole pages of a stage's data file, which hold one weight or several neighbours; `table`: rows of it are enough."""
+    """Whole pages of a stage's data file, which hold one weight or several neighbours; `table`: rows of it
+    are enough.
+    """
 
     name: str
     stage: int
@@ -32,10 +34,12 @@ class Block:
 
 @dataclass(frozen=True)
 class OnnxPlan:
-    """How a model is run. `mode`: "in-memory" (one stock session, nothing streamed) or "streaming" (in stages).
+    """How a model is run. `mode`: "in-memory" (one stock session, nothing streamed) or "streaming" (in
+    stages).
 
-    `resident`, `streamed`, `rows`: names of blocks; of the last only rows are read; `ring_bytes`: of the ring for streamed ones; `reason`: why it is so, for
-    people; `provider`: what computes, and `provider_reason` why.
+    `resident`, `streamed`, `rows`: names of blocks; of the last only rows are read; `ring_bytes`: of the ring
+    for streamed ones; `reason`: why it is so, for people; `provider`: what computes, and `provider_reason`
+    why.
     """
 
     mode: str
@@ -62,7 +66,9 @@ Placement = tuple[set[str], int]  # (names of streamed blocks, bytes of the ring
 
 
 def place_blocks(blocks: Sequence[Block], capacity: int) -> Placement | None:
-    """What to stream, the fewest bytes, so that the rest and the ring fit `capacity` bytes. None: nothing fits."""
+    """What to stream, the fewest bytes, so that the rest and the ring fit `capacity` bytes. None: nothing
+    fits.
+    """
     total = sum(block.nbytes for block in blocks)
     if total <= capacity:
         return set(), 0
@@ -97,7 +103,9 @@ def _limits(blocks: Sequence[Block]) -> list[int]:
 def _stream_up_to(
     limit: int, blocks: Sequence[Block], total: int, capacity: int, ring_rule: Callable[..., int]
 ) -> Placement | None:
-    """The placement that streams blocks up to `limit` bytes. The ring depends on what is streamed, and that on it."""
+    """The placement that streams blocks up to `limit` bytes. The ring depends on what is streamed, and
+    that on it.
+    """
     can = {block.name for block in blocks if SMALL_BYTES < block.nbytes <= limit}
     most = _bytes_of(can, blocks)
     uses = [WeightUse(block.name, block.nbytes) for block in blocks]
@@ -125,7 +133,9 @@ def _streamed_by_stage(blocks: Sequence[Block], streamed: Collection[str]) -> li
 
 
 def ring_for(blocks: Sequence[Block], streamed: Collection[str]) -> int:
-    """The ring that keeps the disk busy: the streamed weights of a stage, and of the one behind it in the cycle."""
+    """The ring that keeps the disk busy: the streamed weights of a stage, and of the one behind it in the
+    cycle.
+    """
     sizes = _streamed_by_stage(blocks, streamed)
     pairs = [one + other for one, other in zip(sizes, sizes[1:] + sizes[:1])]
     return max([smallest_ring(blocks, streamed), *pairs])
@@ -145,10 +155,11 @@ def make_plan(
     measuring: bool,
     reason: str = "",
 ) -> OnnxPlan:
-    """The plan that streams least; `measuring`: what it computes with is not known yet, so it keeps as little as it can.
+    """The plan that streams least; `measuring`: what it computes with is not known yet, so it keeps as
+    little as it can.
 
-    `overhead`: ledger entries of all that is not weights nor ring. Raises BudgetError, with the smallest budget that
-    works, where nothing fits.
+    `overhead`: ledger entries of all that is not weights nor ring. Raises BudgetError, with the smallest
+    budget that works, where nothing fits.
     """
     held = sum(overhead.values())
     capacity = budget_bytes - held
@@ -160,7 +171,8 @@ def make_plan(
     smallest = held + held_bytes(products, least)
     if smallest > budget_bytes:
         raise BudgetError(
-            f"The budget of {format_size(budget_bytes)} is too small for this model: the smallest that works is "
+            f"The budget of {format_size(budget_bytes)} is too small for this model: the smallest that works "
+            "is "
             f"{format_size(smallest + MIB)} ({smallest + MIB} bytes). Raise --memory.",
             smallest_bytes=smallest + MIB,
         )

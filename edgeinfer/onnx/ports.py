@@ -21,7 +21,9 @@ _TYPES = {
 
 @dataclass(frozen=True)
 class Port:
-    """One input or output: a tensor. `shape`: sizes, names of sizes that may vary, None for those without a name."""
+    """One input or output: a tensor. `shape`: sizes, names of sizes that may vary, None for those without
+    a name.
+    """
 
     name: str
     dtype: np.dtype
@@ -38,11 +40,14 @@ def show_shape(shape: Sequence[int | str | None]) -> str:
 
 
 def make_port(name: str, kind: str, shape: Sequence[object]) -> Port:
-    """From ONNX Runtime's words, such as kind "tensor(float)". ModelFileError for what is not a tensor of numbers or text."""
+    """From ONNX Runtime's words, such as kind "tensor(float)". ModelFileError for what is not a tensor of
+    numbers or text.
+    """
     inner = kind.removeprefix("tensor(").removesuffix(")")
     if not kind.startswith("tensor(") or inner not in _TYPES:
         raise ModelFileError(
-            f"The model's input or output {name!r} is a {kind}, which cannot be given to it or taken from it here. "
+            f"The model's input or output {name!r} is a {kind}, which cannot be given to it or taken from it "
+            "here. "
             f"Expected a tensor of one of {', '.join(sorted(set(_TYPES.values())))}."
         )
     type_name = _TYPES[inner]
@@ -52,7 +57,9 @@ def make_port(name: str, kind: str, shape: Sequence[object]) -> Port:
 
 
 def check_feeds(ports: Sequence[Port], feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The feeds as C-ordered arrays. InputError, with what was expected and found, where they do not fit the inputs."""
+    """The feeds as C-ordered arrays. InputError, with what was expected and found, where they do not fit
+    the inputs.
+    """
     names = [port.name for port in ports]
     for name in feeds:
         if name not in names:

@@ -1,6 +1,8 @@
-"""Preparing a model for this processor: optimized as a whole, cut into stages, each stage's weights rearranged.
+"""Preparing a model for this processor: optimized as a whole, cut into stages, each stage's weights
+rearranged.
 
-It runs in a process of its own (`python -m edgeinfer.onnx.prepare`, see preparing.py), which holds one stage at a time.
+It runs in a process of its own (`python -m edgeinfer.onnx.prepare`, see preparing.py), which holds one stage
+at a time.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ Progress = Callable[[float], None]
 
 _OPTIMIZED = "edgeinfer-optimized.onnx"
 _PIECEWISE = (
-    "Its stages were optimized one by one, as optimizing the whole graph takes more memory than there is: its outputs "
+    "Its stages were optimized one by one, as optimizing the whole graph takes more memory than there is: "
+    "its outputs "
     "may differ in the last digits from those of one session"
 )
 
@@ -44,8 +47,8 @@ def prepare(
 ) -> None:
     """Prepare the model at `path` into the empty `folder`.
 
-    `stage_bytes`: about the weights of a stage; `num_cuts`: cuts that are made instead, evenly, None for none.
-    `piecewise`: optimize each stage by itself. Raises ModelFileError, EngineError, OSError.
+    `stage_bytes`: about the weights of a stage; `num_cuts`: cuts that are made instead, evenly, None for
+    none. `piecewise`: optimize each stage by itself. Raises ModelFileError, EngineError, OSError.
     """
     file = read_onnx(path)
     model = as_it_is(file, folder) if piecewise else optimize(file, folder / _OPTIMIZED)
@@ -97,7 +100,7 @@ def _single_reason(graph: Graph, weights: int, stage_bytes: int) -> str:
     if weights <= stage_bytes:
         why = "its weights are small"
     elif not graph.places():
-        why = "its graph has no narrow place to cut: each hands over too many tensors, or values that are no tensors"
+        why = "its graph has no narrow place to cut: all hand over many tensors, or what is no tensor"
     else:
         why = "most of its weights belong to one operator, or lie inside a branch or a loop"
     return f"The model runs in one stage: {why}"

@@ -18,7 +18,8 @@ PortFacts = tuple[str, str, tuple[int | str | None, ...]]
 
 @dataclass(frozen=True)
 class Prepared:
-    """The stages in order, and the model's own inputs and outputs: (name, ONNX Runtime's word for the type, shape).
+    """The stages in order, and the model's own inputs and outputs: (name, ONNX Runtime's word for the
+    type, shape).
 
     `reason`: why there is one stage only, or what else people should know; empty for nothing.
     """

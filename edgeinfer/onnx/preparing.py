@@ -18,7 +18,8 @@ Progress = Callable[[float], None]
 
 _LEAST_BYTES = 128 << 20  # without weights: an interpreter, ONNX Runtime, graphs
 _LOOK_SECONDS = 0.05
-#: What ONNX Runtime says where a whole graph is more than it can hold or write (2 GiB of weights that it has changed).
+#: What ONNX Runtime says where a whole graph is more than it can hold or write (2 GiB of weights that it has
+# changed).
 _TOO_LARGE = (
     "bad allocation",
     "bad_alloc",
@@ -33,8 +34,8 @@ def prepare_in_child(
 ) -> None:
     """See prepare.prepare; raises what it raises.
 
-    Where optimizing the whole graph takes more than `memory_bytes`, or ONNX Runtime cannot do it, stages are optimized
-    one by one.
+    Where optimizing the whole graph takes more than `memory_bytes`, or ONNX Runtime cannot do it, stages are
+    optimized one by one.
     """
     try:
         _run(path, folder, stage_bytes, False, progress, max(_LEAST_BYTES, memory_bytes))
@@ -45,7 +46,8 @@ def prepare_in_child(
             _run(path, folder, stage_bytes, True, progress, None)
         except _Killed:
             raise errors.BudgetError(
-                f"{path} could not be prepared: the process that does it was killed, most likely for want of memory. "
+                f"{path} could not be prepared: the process that does it was killed, most likely for want of "
+                "memory. "
                 "Give a larger --memory."
             ) from None
 

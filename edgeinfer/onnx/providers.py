@@ -21,7 +21,7 @@ _JETSON = Path("/etc/nv_tegra_release")
 
 @dataclass(frozen=True)
 class Choice:
-    """`name` of PROVIDERS; `chain`: what ONNX Runtime is given, in order; `reason`: one sentence for people."""
+    """`name` of PROVIDERS; `chain`: what ONNX Runtime is given, in order; `reason`: for people."""
 
     name: str
     chain: tuple[str, ...]
@@ -29,10 +29,11 @@ class Choice:
 
 
 def choose_provider(wanted: str | None = None, available: Sequence[str] | None = None) -> Choice:
-    """The provider named `wanted` ("cpu", "cuda", "tensorrt"), or None: the best of those this onnxruntime has.
+    """The provider named `wanted` ("cpu", "cuda", "tensorrt"), or None: the best of those this onnxruntime
+    has.
 
-    TensorRT builds an engine for each model first, for minutes, so only a Jetson takes it unasked. Raises EngineError
-    for one that is unknown or not there.
+    TensorRT builds an engine for each model first, for minutes, so only a Jetson takes it unasked. Raises
+    EngineError for one that is unknown or not there.
     """
     offered = list(ort.get_available_providers() if available is None else available)
     if wanted is not None and wanted not in PROVIDERS:
@@ -40,7 +41,8 @@ def choose_provider(wanted: str | None = None, available: Sequence[str] | None =
     there = [name for name, long_name in PROVIDERS.items() if long_name in offered]
     if wanted is not None and wanted not in there:
         raise EngineError(
-            f"The provider {wanted!r} is not in this onnxruntime {ort.__version__}, which has {', '.join(there)}. "
+            f"The provider {wanted!r} is not in this onnxruntime {ort.__version__}, which has "
+            f"{', '.join(there)}. "
             "Install onnxruntime-gpu (on a Jetson, NVIDIA's own build) instead of onnxruntime."
         )
     if wanted is not None:
@@ -58,7 +60,9 @@ def _choice(name: str, reason: str) -> Choice:
 
 
 def what_computes(choice: Choice, session: ort.InferenceSession) -> Choice:
-    """ONNX Runtime goes on without a provider that it cannot load (a missing library, no device): then that is said."""
+    """ONNX Runtime goes on without a provider that it cannot load (a missing library, no device): then
+    that is said.
+    """
     loaded = session.get_providers()
     if choice.chain[0] in loaded:
         return choice

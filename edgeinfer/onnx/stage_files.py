@@ -1,7 +1,8 @@
 """The files of one stage: its graph, and its weights in the forms that its kernels want them in.
 
-ONNX Runtime writes both: weights that a kernel rearranges ("prepacks") for this processor are stored rearranged as
-well, and are then used straight from the file. So a stage's session holds nothing of them itself.
+ONNX Runtime writes both: weights that a kernel rearranges ("prepacks") for this processor are stored
+rearranged as well, and are then used straight from the file. So a stage's session holds nothing of them
+itself.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ INLINE_BYTES = 64 << 10  # weights below this stay in the graph's own file, and 
 
 @dataclass(frozen=True)
 class Table:
-    """A weight at `offset` of the data file whose rows are looked up by the integers of the stage's input `indices`."""
+    """A weight at `offset` of the data file whose rows are looked up by the integers of the stage's input
+    `indices`.
+    """
 
     offset: int
     nbytes: int
@@ -33,8 +36,9 @@ class Table:
 class StageFiles:
     """A prepared stage. `ranges`: (offset, bytes) of the data file that its session maps, whole pages.
 
-    `idle`: the offsets of ranges that are most likely never read: their kernels have them in a rearranged weight.
-    `tables`: weights of which only rows are read. `model_bytes`, `data_bytes`: the sizes of the files.
+    `idle`: the offsets of ranges that are most likely never read: their kernels have them in a rearranged
+    weight. `tables`: weights of which only rows are read. `model_bytes`, `data_bytes`: the sizes of the
+    files.
     """
 
     model: str
@@ -73,7 +77,8 @@ class StageFiles:
 
 
 def write_stage(model: bytes, folder: Path, files: StageFiles, data_folder: Path, optimize: bool) -> None:
-    """Let ONNX Runtime write `files` into `folder` from a stage's model, whose weights are in files of `data_folder`.
+    """Let ONNX Runtime write `files` into `folder` from a stage's model, whose weights are in files of
+    `data_folder`.
 
     `optimize`: the stage by itself, where the whole graph was not optimized before.
     """

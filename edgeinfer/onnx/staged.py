@@ -1,7 +1,8 @@
 """A staged model under its budget: what its inputs need besides weights decides how many weights can stay.
 
-Nobody knows what a model computes with before it has seen an input: shapes vary. So the first pass of a new shape
-streams all weights, which is not slower than reading them, and is measured; the rest of the budget is for weights then.
+Nobody knows what a model computes with before it has seen an input: shapes vary. So the first pass of a new
+shape streams all weights, which is not slower than reading them, and is measured; the rest of the budget is
+for weights then.
 """
 
 from __future__ import annotations
@@ -48,29 +49,29 @@ class StagedModel:
         self._choice = choice
         self._reason = f"{prepared.reason}." if prepared.reason else ""
         self._key = f"{entry.folder.name} {threads}"
+        self._armed: OnnxPlan | None = None
+        self._activations: dict[Shapes, int] = {}  # what each input that was seen takes, its results too
         blocks = blocks_of(prepared)
         overhead = _expected_overhead(entry.folder, prepared, blocks)
-        self.plan = self._make_plan(blocks, len(prepared.stages), overhead, measuring=True)
-        most = budget_bytes - self.plan.ledger.total + _LEAST_ACTIVATIONS  # for activations
+        least = self._make_plan(blocks, len(prepared.stages), overhead, measuring=True)
+        most = budget_bytes - least.ledger.total + _LEAST_ACTIVATIONS  # for activations
         self._stages = Stages(path, entry.folder, prepared, threads, most, progress)
         try:
             self._overhead = _held_now(overhead, blocks)
-            self.plan = self._plan(measuring=True)
+            self.plan = self._plan()
         except BaseException:
             self.close()
             raise
-        self._armed: OnnxPlan | None = None
-        self._activations: dict[Shapes, int] = {}
 
     def run(self, feeds: Mapping[str, np.ndarray], wanted: Sequence[str]) -> dict[str, np.ndarray]:
-        """The `wanted` outputs by name. Raises BudgetError where the input needs more than the budget leaves."""
+        """The `wanted` outputs by name. BudgetError where the input needs more than the budget leaves."""
         shapes = tuple(feeds[name].shape for name in sorted(feeds))
         if any(_covers(known, shapes) for known in self._activations):
-            return self._run(feeds, wanted)
+            return self._run(self.plan, feeds, wanted)
         try:
             results = self._run_first(shapes, feeds, wanted)
             self._stages.wake_touched()
-            self.plan = self._plan(measuring=False)
+            self.plan = self._plan()
         except BudgetError:
             self._activations.pop(shapes, None)  # smaller inputs may still fit
             raise
@@ -79,7 +80,9 @@ class StagedModel:
     def _run_first(
         self, shapes: Shapes, feeds: Mapping[str, np.ndarray], wanted: Sequence[str]
     ) -> dict[str, np.ndarray]:
-        """A pass with inputs that are larger than those before, which tells what they take, unless that is kept."""
+        """A pass with inputs that are larger than those before, which tells what they take, unless that is
+        kept.
+        """
         measured: list[dict[str, np.ndarray]] = []
 
         def measure() -> int:
@@ -91,11 +94,16 @@ class StagedModel:
         self._activations[shapes] = remembered(key, measure, kind=int)
         if measured:
             return measured[0]
-        self.plan = self._plan(measuring=False)
-        return self._run(feeds, wanted)
+        self.plan = self._plan()
+        return self._run(self.plan, feeds, wanted)
 
-    def _run(self, feeds: Mapping[str, np.ndarray], wanted: Sequence[str]) -> dict[str, np.ndarray]:
-        self._arm()
+    def _run(
+        self, plan: OnnxPlan, feeds: Mapping[str, np.ndarray], wanted: Sequence[str]
+    ) -> dict[str, np.ndarray]:
+        if self._armed is not plan:
+            self._armed = None
+            self._stages.arm(plan)
+            self._armed = plan
         try:
             return self._stages.run(feeds, wanted)
         except EngineError as error:
@@ -103,27 +111,21 @@ class StagedModel:
                 raise self._too_large(feeds) from error
             raise
 
-    def _arm(self) -> None:
-        if self._armed is not self.plan:
-            self._armed = None
-            self._stages.arm(self.plan)
-            self._armed = self.plan
-
     def _measure(
         self, feeds: Mapping[str, np.ndarray], wanted: Sequence[str]
     ) -> tuple[int, dict[str, np.ndarray]]:
-        """(bytes besides the weights and what an opened model holds, outputs) of a pass that keeps as little as it can.
+        """(bytes besides weights and what an opened model holds, outputs) of a pass that keeps as little
+        as it can.
 
         The arena holds what earlier passes took, which is therefore added.
         """
-        self.plan = self._plan(measuring=True)
+        plan = self._plan(measuring=True)
         self._armed = None
         self._stages.disarm()
         before = process_memory().rss_bytes
         reset_peak()
-        results = self._run(feeds, wanted)
-        entries = self.plan.ledger.entries
-        more = process_memory().peak_rss_bytes - before - entries["resident_weights"] - entries["ring"]
+        results = self._run(plan, feeds, wanted)
+        more = process_memory().peak_rss_bytes - before - (plan.ledger.total - plan.overhead_bytes)
         kept = sum(
             array.nbytes for array in results.values()
         )  # the caller may keep these until the next ones
@@ -132,12 +134,14 @@ class StagedModel:
     def _too_large(self, feeds: Mapping[str, np.ndarray]) -> BudgetError:
         shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in feeds.items())
         return BudgetError(
-            f"The budget of {format_size(self._budget)} is too small for this input ({shapes}): what is computed with it "
-            "does not fit beside the weights of one stage. Raise --memory, or give a smaller input."
+            f"The budget of {format_size(self._budget)} is too small for this input ({shapes}): what is "
+            "computed "
+            "with it does not fit beside the weights of one stage. Raise --memory, or give a smaller input."
         )
 
-    def _plan(self, measuring: bool) -> OnnxPlan:
-        activations = _LEAST_ACTIVATIONS if measuring else max(self._activations.values())
+    def _plan(self, measuring: bool = False) -> OnnxPlan:
+        """For the inputs that were seen; before the first one, as if it took little."""
+        activations = max([_LEAST_ACTIVATIONS, *(() if measuring else self._activations.values())])
         overhead = dict(self._overhead, activations=activations)
         return self._make_plan(self._stages.blocks, self._stages.num_stages, overhead, measuring)
 
@@ -169,7 +173,9 @@ def _covers(known: Shapes, shapes: Shapes) -> bool:
 
 
 def _expected_overhead(folder: Path, prepared: Prepared, blocks: Sequence[Block]) -> dict[str, int]:
-    """Before sessions are made: what they will take. Graphs are held as messages, and weights in them once more."""
+    """Before sessions are made: what they will take. Graphs are held as messages, and weights in them once
+    more.
+    """
     graphs = sum((folder / files.model).stat().st_size for files in prepared.stages)
     return {
         "interpreter": process_memory().rss_bytes,

@@ -1,8 +1,8 @@
 """A prepared model, stage by stage: its sessions, and the pager that brings in what the next one needs.
 
-Each session has its weights at addresses of its own, for it has mapped them. Those mappings are replaced by memory that
-cannot be touched. A weight that stays is read to its address once. A streamed one is read into the ring, and its pages
-are moved to its address for the time of its stage, and back.
+Each session has its weights at addresses of its own, for it has mapped them. Those mappings are replaced by
+memory that cannot be touched. A weight that stays is read to its address once. A streamed one is read into
+the ring, and its pages are moved to its address for the time of its stage, and back.
 """
 
 from __future__ import annotations
@@ -81,7 +81,9 @@ class Stages:
                 _native.guard_pages(mapping.address, mapping.nbytes)
 
     def wake_touched(self) -> bool:
-        """Weights that were thought idle and were read by a pass become blocks like others; True where there were some."""
+        """Weights that were thought idle and were read by a pass become blocks like others; True where
+        there were some.
+        """
         woken = [block for block in self._idle if _is_touched(self._homes[block.name], block)]
         if not woken:
             return False
@@ -189,7 +191,7 @@ class Stages:
                 self._pager.close_rows(block_number)
 
     def read_pass(self) -> int:
-        """Read what one pass streams and compute nothing: how fast the disk alone would be. Gives the bytes."""
+        """Read what one pass streams and compute nothing: how fast the disk alone is. Gives the bytes."""
         if self._pager is None:
             return 0
         before = self._pager.statistics()["read_bytes"]
@@ -208,7 +210,8 @@ class Stages:
             if error.errno == errno.ECANCELED:
                 raise
             raise ReadError(
-                f"The prepared files of {self._path} could not be used any more: {error.strerror}. They lie in "
+                f"The prepared files of {self._path} could not be used any more: {error.strerror}. They lie "
+                "in "
                 f"{self._folder}; remove that folder and open the model again."
             ) from error
 
@@ -265,11 +268,13 @@ def _last_uses(stages: Sequence[StageFiles]) -> dict[str, int]:
 
 
 def _share_arena(most_bytes: int) -> None:
-    """One arena for the activations of all sessions that are made now: each one's own would never be given back.
+    """One arena for the activations of all sessions that are made now: each one's own would never be given
+    back.
 
     Behind `most_bytes` it refuses, so that large inputs end with an error instead of all memory.
     """
     where = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
-    # Regions that double: chunks of many sizes find their place again in them, and only what is used is touched.
+    # Regions that double: chunks of many sizes find their place again in them, and only what is used is
+    # touched.
     settings = {"max_mem": most_bytes, "arena_extend_strategy": 0, "initial_chunk_size_bytes": 1 << 20}
     ort.create_and_register_allocator(where, ort.OrtArenaCfg(settings))

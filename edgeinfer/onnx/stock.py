@@ -56,7 +56,8 @@ def stock_plan(file: OnnxFile, budget_bytes: int, reason: str) -> OnnxPlan:
 def stock_entries(file: OnnxFile) -> dict[str, int]:
     """Ledger entries of one stock session while it is made, when it takes most.
 
-    Weights beside the graph are mapped and rearranged one by one. Those inside it are read with it, and copied.
+    Weights beside the graph are mapped and rearranged one by one. Those inside it are read with it, and
+    copied.
     """
     inside = sum(tensor.nbytes for tensor in file.tensors if tensor.path == file.path)
     outside = file.weights_bytes - inside

@@ -1,4 +1,6 @@
-"""Tensors of an ONNX file: their type and shape, and where their bytes are. Strict, for files are not to be trusted."""
+"""Tensors of an ONNX file: their type and shape, and where their bytes are. Strict, for files are not to
+be trusted.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +15,13 @@ from edgeinfer.onnx.wire import BYTES, VARINT, Field, fields, packed, signed
 
 #: TensorProto.DataType -> (name, bits of an element)
 TYPES = {
-    1: ("float32", 32), 2: ("uint8", 8), 3: ("int8", 8), 4: ("uint16", 16), 5: ("int16", 16), 6: ("int32", 32),
-    7: ("int64", 64), 8: ("string", 0), 9: ("bool", 8), 10: ("float16", 16), 11: ("float64", 64), 12: ("uint32", 32),
-    13: ("uint64", 64), 14: ("complex64", 64), 15: ("complex128", 128), 16: ("bfloat16", 16), 17: ("float8e4m3fn", 8),
-    18: ("float8e4m3fnuz", 8), 19: ("float8e5m2", 8), 20: ("float8e5m2fnuz", 8), 21: ("uint4", 4), 22: ("int4", 4),
-    23: ("float4e2m1", 4), 24: ("float8e8m0", 8), 25: ("uint2", 2), 26: ("int2", 2),
+    1: ("float32", 32), 2: ("uint8", 8), 3: ("int8", 8), 4: ("uint16", 16), 5: ("int16", 16),
+    6: ("int32", 32), 7: ("int64", 64), 8: ("string", 0), 9: ("bool", 8), 10: ("float16", 16),
+    11: ("float64", 64), 12: ("uint32", 32), 13: ("uint64", 64), 14: ("complex64", 64),
+    15: ("complex128", 128),
+    16: ("bfloat16", 16), 17: ("float8e4m3fn", 8), 18: ("float8e4m3fnuz", 8), 19: ("float8e5m2", 8),
+    20: ("float8e5m2fnuz", 8), 21: ("uint4", 4), 22: ("int4", 4), 23: ("float4e2m1", 4),
+    24: ("float8e8m0", 8), 25: ("uint2", 2), 26: ("int2", 2),
 }  # fmt: skip
 _NAME, _RAW, _EXTERNAL, _LOCATION = 8, 9, 13, 14
 _LITTLE_ENDIAN_ARRAYS = {
@@ -28,7 +32,9 @@ _LITTLE_ENDIAN_ARRAYS = {
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor and where its bytes lie. `offset` None: written as numbers or text inside the graph, not as bytes."""
+    """A tensor and where its bytes lie. `offset` None: written as numbers or text inside the graph, not as
+    bytes.
+    """
 
     name: str
     type: str
@@ -45,7 +51,8 @@ class StoredTensor:
 def read_tensor(
     data: memoryview, start: int, end: int, model: Path, locate: Callable[[str, str], Path]
 ) -> StoredTensor:
-    """The TensorProto in data[start:end] of the file `model`. `locate(location, name)` gives the path of external data.
+    """The TensorProto in data[start:end] of the file `model`. `locate(location, name)` gives the path of
+    external data.
 
     ModelFileError where bytes are missing, too few or too many.
     """
@@ -83,7 +90,8 @@ def read_tensor(
         offset = raw.start
         if raw.end - raw.start != nbytes:
             raise ModelFileError(
-                f"{model}: tensor {name!r}: expected {nbytes} bytes for {type_name} {shape}, found {raw.end - raw.start}."
+                f"{model}: tensor {name!r}: expected {nbytes} bytes for {type_name} {shape}, found "
+                f"{raw.end - raw.start}."
             )
     return StoredTensor(name, type_name, tuple(shape), nbytes, model, offset)
 
@@ -99,13 +107,15 @@ def _external(
         offset = length = -1
     if offset < 0 or length != nbytes:
         raise ModelFileError(
-            f"{model}: tensor {name!r}: expected {nbytes} bytes of external data at an offset of 0 or more, found "
+            f"{model}: tensor {name!r}: expected {nbytes} bytes of external data at an offset of 0 or more, "
+            "found "
             f"length {entries.get('length', 'not stated')!r} and offset {entries.get('offset', '0')!r}."
         )
     size = path.stat().st_size
     if offset > size or nbytes > size - offset:
         raise ModelFileError(
-            f"{path} is too short: tensor {name!r} needs bytes {offset} to {offset + nbytes}, the file has {size}. "
+            f"{path} is too short: tensor {name!r} needs bytes {offset} to {offset + nbytes}, the file has "
+            f"{size}. "
             "Download or copy it again."
         )
     return path, offset
@@ -128,17 +138,20 @@ class Folder:
         parts = PurePosixPath(location.replace("\\", "/")).parts
         if not parts or parts[0] == "/" or ".." in parts or ":" in parts[0] or "\0" in location:
             raise ModelFileError(
-                f"{self._model}: tensor {tensor!r} wants its data from {location!r}, which is not a file inside the "
+                f"{self._model}: tensor {tensor!r} wants its data from {location!r}, which is not a file "
+                "inside the "
                 "model's folder. Such a model is not opened."
             )
         path = self._model.parent.joinpath(*parts)
         if not path.is_file():
             raise ModelFileError(
-                f"{path} is missing: tensor {tensor!r} of {self._model.name} is in it. Put it beside the model."
+                f"{path} is missing: tensor {tensor!r} of {self._model.name} is in it. Put it beside the "
+                "model."
             )
         if not self._is_inside(path):
             raise ModelFileError(
-                f"{self._model}: tensor {tensor!r} wants its data from {location!r}, a link to {path.resolve()}, "
+                f"{self._model}: tensor {tensor!r} wants its data from {location!r}, a link to "
+                f"{path.resolve()}, "
                 "outside the model's folder. Such a model is not opened."
             )
         return path

@@ -1,4 +1,6 @@
-"""Weights that a stage does not read as a whole: tables of which it looks up rows, and what a rearranged weight holds too."""
+"""Weights that a stage does not read as a whole: tables of which it looks up rows, and what a rearranged
+weight holds too.
+"""
 
 from __future__ import annotations
 
@@ -34,8 +36,8 @@ class WeightUses:
     def idle(self) -> tuple[int, ...]:
         """Offsets of ranges with one weight that is used only by operators that have another, rearranged one.
 
-        So it is with the scales of weights in 4 bits: they are rearranged together with them. Nothing rests on it: such
-        a range stays mapped, and is a weight like others once it was read.
+        So it is with the scales of weights in 4 bits: they are rearranged together with them. Nothing rests
+        on it: such a range stays mapped, and is a weight like others once it was read.
         """
         needed = self._outputs | self._rearranged
         for node in self._graph.node:
@@ -67,7 +69,9 @@ class WeightUses:
         return tuple(found)
 
     def _indices(self, node: onnx.NodeProto, number: int) -> str | None:
-        """The input of the stage by which `node` looks up rows of its input `number`; None: it does something else."""
+        """The input of the stage by which `node` looks up rows of its input `number`; None: it does
+        something else.
+        """
         index_input, tables = _LOOKUPS.get((node.domain, node.op_type), (0, ()))
         axis = next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 0)
         if number not in tables or axis != 0 or _has_subgraph(node):

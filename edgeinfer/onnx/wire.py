@@ -1,7 +1,8 @@
 """The protobuf wire format, read field by field without copying: what an ONNX file is made of.
 
-A model's weights may be gigabytes inside one message, so the file is never parsed as a whole. Numbers of fields are
-those of onnx.proto (ONNX 1.x, IR version 3 to 13); anything unknown is passed over, as protobuf asks.
+A model's weights may be gigabytes inside one message, so the file is never parsed as a whole. Numbers of
+fields are those of onnx.proto (ONNX 1.x, IR version 3 to 13); anything unknown is passed over, as protobuf
+asks.
 """
 
 from __future__ import annotations

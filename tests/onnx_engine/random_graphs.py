@@ -45,8 +45,11 @@ class RandomGraph:
         return self._model(dict.fromkeys(outputs))
 
     def _model(self, outputs):
-        renamed = [helper.make_node("Identity", [name], [f"out.{number}"]) for number, name in enumerate(outputs)
-                   if name == "x"]  # fmt: skip
+        renamed = [
+            helper.make_node("Identity", [name], [f"out.{number}"])
+            for number, name in enumerate(outputs)
+            if name == "x"
+        ]
         names = [f"out.{number}" if name == "x" else name for number, name in enumerate(outputs)]
         shape = ["rows", WIDTH]
         inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape), *self.extra_inputs]

@@ -1,4 +1,6 @@
-"""Model files that are missing, damaged or hostile: what is expected, what was found, and nothing left in the cache."""
+"""Model files that are missing, damaged or hostile: what is expected, what was found, and nothing left in
+the cache.
+"""
 
 import random
 

@@ -53,7 +53,9 @@ class CutRunner:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_number_of_stages(name, tmp_path):
-    """From one stage to the most, a cut at a time; a new cut changes two stages, and only these are run again."""
+    """From one stage to the most, a cut at a time; a new cut changes two stages, and only these are run
+    again.
+    """
     path = data_model(name)
     feeds = random_feeds(path)
     expected = stock_outputs(path, feeds)

@@ -29,7 +29,9 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def half(tmp_path):
-    """An encoder of float16, which ONNX Runtime turns into float32 on a processor: twice the weights, all in memory."""
+    """An encoder of float16, which ONNX Runtime turns into float32 on a processor: twice the weights, all
+    in memory.
+    """
     path = encoder_file(tmp_path, FLOAT)
     model = onnx.load(path)
     for tensor in model.graph.initializer:

@@ -1,4 +1,6 @@
-"""Random graphs in random stages, with random weights streamed: the outputs of one stock session, bit for bit."""
+"""Random graphs in random stages, with random weights streamed: the outputs of one stock session, bit for
+bit.
+"""
 
 import random
 

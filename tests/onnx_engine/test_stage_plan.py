@@ -34,7 +34,9 @@ def random_blocks(seed):
 
 
 def ring_never_blocks(blocks, streamed, ring):
-    """The pager's ring, step by step: every stage gets its blocks before those of the last one are given back."""
+    """The pager's ring, step by step: every stage gets its blocks before those of the last one are given
+    back.
+    """
     head = tail = 0
     for _ in range(3):  # the end of the ring falls elsewhere in each pass
         for stage in sorted({block.stage for block in blocks}):

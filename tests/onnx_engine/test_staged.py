@@ -5,7 +5,7 @@ import re
 
 import numpy as np
 import pytest
-from made_encoders import Encoder, FLOAT, FOUR_BITS, MIB, TABLE, encoder_file, tokens
+from made_encoders import FLOAT, FOUR_BITS, MIB, TABLE, Encoder, encoder_file, tokens
 from onnx_references import THREADS, assert_same, stock_outputs
 
 pytest.importorskip("edgeinfer._native", reason="needs the C extension")
@@ -15,13 +15,14 @@ from edgeinfer.engines.onnx import open_onnx
 from edgeinfer.errors import BudgetError, InputError, ReadError
 from edgeinfer.onnx.homes import give_back_memory
 
-
 LITTLE = 50 * MIB  # about what one stage needs, with its session and its inputs
 
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
-    """Prepared once for all tests of this file. The first run of any model brings in code, so one runs before."""
+    """Prepared once for all tests of this file. The first run of any model brings in code, so one runs
+    before.
+    """
     warm = encoder_file(tmp_path_factory.mktemp("warm"), Encoder(layers=1, width=128, ffn=256))
     stock_outputs(warm, tokens(1))
     with pytest.MonkeyPatch.context() as patch:
@@ -93,7 +94,9 @@ def test_one_stock_session_where_all_fits(float_model):
 
 
 def smallest_budget(path):
-    """What the refusal of a smaller one names. It counts what this process holds, so it changes from test to test."""
+    """What the refusal of a smaller one names. It counts what this process holds, so it changes from test
+    to test.
+    """
     with pytest.raises(BudgetError, match="the smallest that works is") as refusal:
         opened(path, 1 * MIB)
     assert f"({refusal.value.smallest_bytes} bytes)" in str(refusal.value)
