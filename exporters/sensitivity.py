@@ -27,7 +27,7 @@ from edgeinfer.modelfile import ModelFile, TensorInfo
 from edgeinfer.system import default_threads
 
 MAX_GROUPS = 96  # tensors that are measured together, where a model has more
-_SAMPLE = 1 << 16  # weights of a tensor whose error is computed
+_SAMPLE = 1 << 15  # weights of a tensor whose error is computed
 _CHUNK = 1 << 21  # weights that are rounded at once
 _WORK = 5e10  # weights times tokens of one measurement
 _MAX_WINDOWS = 4

@@ -111,7 +111,7 @@ def measured(request, tmp_path_factory):
     model = folder / "float.gguf"
     quantize_gguf(ROOT / "models" / f"{request.param}.gguf", model, "F32", requantize=True)
     importance = gather_importance(model, PAGE, context=CONTEXT, threads=1)
-    smallest = int(3.2 * read_model_file(model).num_parameters / 8)
+    smallest = int(4.1 * read_model_file(model).num_parameters / 8)  # below 4, slow types would be measured too
     chooser = measure(model, PAGE, importance, num_bytes=smallest, context=CONTEXT, threads=1)
     return model, importance, chooser, folder
 
@@ -150,7 +150,7 @@ def test_auto_beats_q4_k_m_at_its_size(measured):
 def test_files_keep_the_size_that_was_asked_for(measured):
     model, importance, chooser, folder = measured
     before = np.inf
-    for num_bytes in (chooser.smallest_bytes, 4_000_000, 6_000_000, 40_000_000):
+    for num_bytes in (4_600_000, 6_000_000, 40_000_000):
         choice = chooser.choose(num_bytes)
         report = quantize_gguf(
             model, folder / "out.gguf", choice.mixture, importance=importance, tensor_types=choice.types
@@ -165,14 +165,19 @@ def test_files_keep_the_size_that_was_asked_for(measured):
         chooser.choose(100_000)
 
 
-def test_types_that_compute_slowly_are_for_small_files_only(measured):
-    chooser, file = measured[2], read_model_file(measured[0])
+def test_types_that_compute_slowly_are_for_small_files_only(tmp_path, monkeypatch):
+    monkeypatch.setattr("edgeinfer.exporters.auto_bits.CANDIDATES", ("IQ3_S", "Q2_K", "Q4_K", "Q6_K", "Q8_0"))
+    model = tiny_model(tmp_path, "llama", "F16", layers=1, ffn=256, tied=True)
+    importance = gather_importance(model, PAGE, context=CONTEXT, threads=1)
 
-    def slow(bits):
-        types = chooser.choose(int(bits * file.num_parameters / 8)).types.values()
-        return sum(type.startswith(("IQ2", "IQ3")) for type in types)
+    def slow(bits, measured_for):
+        num_bytes = [int(bits * read_model_file(model).num_parameters / 8) for bits in (bits, measured_for)]
+        chooser = measure(model, PAGE, importance, num_bytes=num_bytes[1], context=CONTEXT, threads=1)
+        types = chooser.choose(num_bytes[0]).types
+        quantize_gguf(model, tmp_path / "out.gguf", "Q4_K_M", importance=importance, tensor_types=types)
+        return sum(type.startswith(("IQ2", "IQ3")) for type in types.values())
 
-    assert slow(3.2) > 10 and slow(4.5) == 0
+    assert slow(3.5, 3.5) > 0 and slow(4.5, 3.5) == slow(4.5, 4.5) == 0
 
 
 def test_a_size_that_no_file_can_have_is_known_before_measuring(tmp_path):
