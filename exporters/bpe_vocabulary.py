@@ -74,7 +74,7 @@ def _table(pre: PreTokenizer, texts: list[str], merges: list[Merge], nfc: bool) 
         table.warnings.append(
             "The tokenizer composes accents first (Unicode NFC); llama.cpp does not. Text with decomposed "
             "accents (a letter followed by a combining mark) gets other ids, unless it is normalized "
-            "before."
+            "before"
         )
     if pre.differs:
         table.warnings.append(
@@ -85,7 +85,7 @@ def _table(pre: PreTokenizer, texts: list[str], merges: list[Merge], nfc: bool) 
     if absent:
         table.warnings.append(
             f"{len(absent)} bytes have no token of their own (the first is 0x{absent[0]:02X}). Text with "
-            "them loses them, and ids around them may differ."
+            "them loses them, and ids around them may differ"
         )
     return table
 

@@ -50,12 +50,12 @@ def sentencepiece_table(files: TokenizerFiles, added: list[AddedToken]) -> Token
         else:
             table, spaces = _from_json(files)
             table.warnings.append(
-                "tokenizer.model holds other tokens than tokenizer.json. The latter was used."
+                "tokenizer.model holds other tokens than tokenizer.json. The latter was used"
             )
     if files.tokenizer is not None and hides_added_tokens(files.tokenizer, any(t.normalized for t in added)):
         table.warnings.append(
             "tokenizer.json finds added tokens that are normalized only at the start of text or after a "
-            "space; llama.cpp finds them everywhere."
+            "space; llama.cpp finds them everywhere"
         )
     spaces = spaces_of_class(spaces, files.settings)
     table.flags["add_space_prefix"] = spaces.prefix
@@ -149,7 +149,7 @@ def _from_json(files: TokenizerFiles) -> tuple[TokenTable, Spaces]:
     if different:
         table.warnings.append(
             f"{different:,} merges of this tokenizer cannot be written as scores of tokens; rare words get "
-            "other ids."
+            "other ids"
         )
     return table, spaces_of_json(tokenizer, texts, where)
 

@@ -16,11 +16,11 @@ from edgeinfer.exporters.token_table import SPACE
 _LLAMA = ("LlamaTokenizer", "LlamaTokenizerFast")
 _START = (
     "Text that begins with a space: transformers puts no second one before it, llama.cpp (and "
-    "SentencePiece) does, so its first ids differ."
+    "SentencePiece) does, so its first ids differ"
 )
 _AFTER = (
     "Text after a special token: transformers puts a space only before the whole text, llama.cpp also "
-    "after special tokens, so ids there may differ."
+    "after special tokens, so ids there may differ"
 )
 
 
@@ -45,12 +45,12 @@ def spaces_of_model(model: Any, where: str) -> Spaces:
         warnings.append(
             f"The SentencePiece model normalizes characters ({spec.name or 'its own rules'}); llama.cpp "
             "does not. Text that this changes (perhaps line breaks, ligatures, full-width letters, "
-            "decomposed accents) gets other ids."
+            "decomposed accents) gets other ids"
         )
     if spec.remove_extra_whitespaces:
         warnings.append(
             "The SentencePiece model drops spaces at the ends and repeated ones; llama.cpp keeps them. "
-            "Such text gets other ids."
+            "Such text gets other ids"
         )
     return Spaces(spec.add_dummy_prefix, tuple(warnings))
 

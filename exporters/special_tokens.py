@@ -68,7 +68,7 @@ def special_token_metadata(
     }
     if tokens["eos"] is None:
         table.warnings.append(
-            "No end-of-text token is known: llama.cpp will take its default, which is some other token."
+            "No end-of-text token is known: llama.cpp will take its default, which is some other token"
         )
     metadata |= _further_ends(source, tokens["eos"])
     return metadata | _added_to_text(source, tokens)
@@ -86,33 +86,38 @@ def _further_ends(source: _Source, eos: int | None) -> dict[str, int]:
     if others:
         names = ", ".join(repr(texts[token]) for token in others)
         source.table.warnings.append(
-            f"GGUF has no place for these further ends of text: {names}. llama.cpp will not stop at them."
+            f"GGUF has no place for these further ends of text: {names}. llama.cpp will not stop at them"
         )
     places = {"eot": turn, "eom": message}
     return {f"tokenizer.ggml.{name}_token_id": place[0] for name, place in places.items() if place}
 
 
 def _added_to_text(source: _Source, tokens: dict[str, int | None]) -> dict[str, bool]:
-    """add_bos_token and add_eos_token: by the post-processor, else by tokenizer_config.json, else as llama's.
-
-    transformers 5 does so too: it does not look at the settings where there is a tokenizer.json.
-    """
-    settings = {kind: source.files.settings.get(f"add_{kind}_token") for kind in ("bos", "eos")}
-    explicit = any(isinstance(value, bool) for value in settings.values())
+    """add_bos_token and add_eos_token as transformers 5 does: by tokenizer.json, else by the settings."""
     around = _template(source.files.tokenizer)
     flags = {}
     for kind in ("bos", "eos"):
+        setting = source.files.settings.get(f"add_{kind}_token")
         if around is not None:
             flag = _adds(around[kind], tokens[kind], source.table)
-        elif explicit:
-            flag = settings[kind] is True
         else:
-            flag = kind == "bos" and source.table.model == "llama" and tokens["bos"] is not None
-        if flag and tokens[kind] is None:
+            flag = setting is True and tokens[kind] is not None
+        if setting is True and not flag:
+            why = "tokenizer.json does not" if around is not None else "no file says which that is"
             source.table.warnings.append(
-                f"tokenizer_config.json adds a {kind} token, but no file says which: none is added."
+                f"tokenizer_config.json adds a {kind} token to text, but {why}: none is added (as by "
+                "transformers 5)"
             )
-        flags[f"tokenizer.ggml.add_{kind}_token"] = flag and tokens[kind] is not None
+        flags[f"tokenizer.ggml.add_{kind}_token"] = flag
+    if (
+        around is None
+        and source.files.settings.get("add_bos_token") is None
+        and source.table.model == "llama"
+    ):
+        source.table.warnings.append(
+            "No file says whether text begins with a bos token: none is added (as by transformers 5; version 4 "
+            "added it)"
+        )
     return flags
 
 
@@ -122,17 +127,16 @@ def _adds(texts: list[str], token: int | None, table: TokenTable) -> bool:
     if len(texts) > adds:
         table.warnings.append(
             f"The tokenizer puts {' '.join(texts)} around text; llama.cpp can add one begin and one end "
-            "token only."
+            "token only"
         )
     return adds
 
 
 def _template(tokenizer: dict[str, Any] | None) -> dict[str, list[str]] | None:
-    """The special tokens that the post-processor puts before ("bos") and after ("eos") text, if any."""
-    first = (tokenizer or {}).get("post_processor")
-    if first is None:
+    """The special tokens that tokenizer.json puts before ("bos") and after ("eos") text, if it is there."""
+    if tokenizer is None:
         return None
-    parts = [first]
+    parts = [tokenizer.get("post_processor")]
     while parts:
         part = parts.pop()
         if not isinstance(part, dict):

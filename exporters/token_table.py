@@ -103,7 +103,7 @@ class TokenTable:
         if beyond:
             names = ", ".join(repr(self.texts[token]) for token in beyond[:3])
             self.warnings.append(
-                f"{len(beyond)} added token(s) are left out, because the model has no rows for them: {names}."
+                f"{len(beyond)} added token(s) are left out, because the model has no rows for them: {names}"
             )
             del self.texts[size:], self.types[size:]
             if self.scores is not None:

@@ -30,8 +30,8 @@ _NOT_STRIPPED = {"<unk>", "<s>", "<|endoftext|>"}
 class Vocabulary:
     """GGUF keys and values; `size` is the number of tokens, that of the model's embedding rows.
 
-    `warnings` say where llama.cpp's ids may differ from the original's. `strips`: the original drops spaces
-    after its special tokens as phi 3 does, see `name_for`.
+    `warnings` (without a last period) say where llama.cpp's ids may differ from the original's. `strips`: the
+    original drops spaces after its special tokens as phi 3 does, see `name_for`.
     """
 
     metadata: dict[str, Any]
@@ -127,6 +127,6 @@ def _strips(table: TokenTable, added: list[AddedToken]) -> bool:
     if odd:
         table.warnings.append(
             f"The tokens {', '.join(map(repr, odd[:3]))} take the spaces around them away or match whole "
-            "words only; llama.cpp does neither."
+            "words only; llama.cpp does neither"
         )
     return phi3

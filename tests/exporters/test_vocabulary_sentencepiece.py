@@ -50,7 +50,7 @@ def kind(request):
 def folder(request, kind, tmp_path):
     model = model_of(kind) if request.param != "tokenizer.json" else None
     document = json_of(kind) if request.param != "tokenizer.model" else None
-    return write_folder(tmp_path / "a", document, model)
+    return write_folder(tmp_path / "a", document, model, tokenizer_config={"add_bos_token": False})
 
 
 def by_sentencepiece(kind):
@@ -243,7 +243,7 @@ def test_a_stale_tokenizer_model_gives_way(tmp_path):
     document = as_tokenizer_json(train_sentencepiece(vocab_size=2000), SPACES_WITH_ONE_BEFORE)
     with stock_of(write_folder(tmp_path / "a", document, model_of("llama"))) as (vocabulary, stock):
         assert vocabulary.warnings == (
-            "tokenizer.model holds other tokens than tokenizer.json. The latter was used.",
+            "tokenizer.model holds other tokens than tokenizer.json. The latter was used",
         )
         assert_same_ids(stock, by_tokenizers(document), odd_texts(SPECIALS["llama"]))
 
@@ -289,7 +289,8 @@ def test_models_that_llama_cpp_cannot_follow(options, message, tmp_path):
 )
 def test_models_that_change_text_are_warned_of(options, message, tmp_path):
     model = train_sentencepiece(vocab_size=1500, **options)
-    with stock_of(write_folder(tmp_path / "a", model=model)) as (vocabulary, stock):
+    folder = write_folder(tmp_path / "a", model=model, tokenizer_config={"add_bos_token": False})
+    with stock_of(folder) as (vocabulary, stock):
         assert [message in warning for warning in vocabulary.warnings] == [True]
         original = sentencepiece.SentencePieceProcessor(model_proto=model)
         assert_same_ids(stock, original.encode, ["Plain words with one space between, such as 12 of them."])

@@ -166,16 +166,34 @@ def test_whether_begin_and_end_are_added(settings, processor, expected, tmp_path
         assert stock.ids("some text", add_special=True) == original.encode("some text")
 
 
-@pytest.mark.parametrize("bos, eos", [(True, False), (False, True), (False, None)])
-def test_settings_count_where_no_post_processor_is(bos, eos, tmp_path):
-    settings = {"add_bos_token": bos} | ({} if eos is None else {"add_eos_token": eos})
-    found = metadata_of(write_folder(tmp_path / "a", llama(), tokenizer_config=settings))
-    assert (found["add_bos_token"], found["add_eos_token"]) == (bos, bool(eos))
+@pytest.mark.parametrize("bos, eos", [(True, False), (False, True), (True, None), (None, True)])
+def test_settings_count_where_no_tokenizer_json_is(bos, eos, tmp_path):
+    from transformers import AutoTokenizer
+
+    settings = {
+        "add_bos_token": bos,
+        "add_eos_token": eos,
+        "tokenizer_class": "LlamaTokenizer",
+        "legacy": True,
+    }
+    settings = {name: value for name, value in settings.items() if value is not None}
+    model = train_sentencepiece(vocab_size=1000)
+    folder = write_folder(
+        tmp_path / "a", model=model, tokenizer_config=settings, config={"model_type": "llama"}
+    )
+    original = AutoTokenizer.from_pretrained(folder)
+    with stock_of(folder) as (vocabulary, stock):
+        found = [vocabulary.metadata[f"tokenizer.ggml.add_{kind}_token"] for kind in ("bos", "eos")]
+        assert found == [bool(bos), bool(eos)]
+        assert stock.ids("some text", add_special=True) == original.encode("some text")
+        assert any("No file says whether" in warning for warning in vocabulary.warnings) == (bos is None)
 
 
-def test_llama_adds_begin_where_nothing_says_otherwise(tmp_path):
-    found = metadata_of(write_folder(tmp_path / "a", llama()))
-    assert (found["add_bos_token"], found["add_eos_token"]) == (True, False)
+def test_settings_that_tokenizer_json_does_not_follow_are_warned_of(tmp_path):
+    folder = write_folder(tmp_path / "a", llama(), tokenizer_config={"add_bos_token": True})
+    vocabulary = read_vocabulary(folder, {})
+    assert vocabulary.metadata["tokenizer.ggml.add_bos_token"] is False
+    assert any("adds a bos token to text, but tokenizer.json does not" in w for w in vocabulary.warnings)
 
 
 def test_more_than_begin_and_end_around_text_is_warned_of(tmp_path):
@@ -187,10 +205,12 @@ def test_more_than_begin_and_end_around_text_is_warned_of(tmp_path):
 
 def test_a_begin_that_is_not_known_is_not_added(tmp_path):
     document = train_byte_level(GPT2, specials=["<|endoftext|>"], size=300)
-    folder = write_folder(tmp_path / "a", document, tokenizer_config={"add_bos_token": True})
+    settings = {"add_bos_token": True, "tokenizer_class": "GPT2Tokenizer"}
+    folder = write_folder(tmp_path / "a", vocab=document["model"]["vocab"], tokenizer_config=settings)
+    (folder / "merges.txt").write_text("", encoding="utf-8")
     vocabulary = read_vocabulary(folder, {})
     assert vocabulary.metadata["tokenizer.ggml.add_bos_token"] is False
-    assert any("adds a bos token, but no file says which" in warning for warning in vocabulary.warnings)
+    assert any("adds a bos token to text, but no file says which that is" in w for w in vocabulary.warnings)
 
 
 def test_types_of_tokens(tmp_path):
