@@ -14,9 +14,9 @@ from pathlib import Path
 from edgeinfer.errors import ExportError
 from edgeinfer.exporters.aligned_file import PAGE, AlignedBuffer, TargetFile
 from edgeinfer.exporters.onnx_weights import Source
+from edgeinfer.exporters.parallel import THREADS
 
 _BUFFER_BYTES = 4 << 20
-_THREADS = max(1, min(4, os.cpu_count() or 1))
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class _Writer:
         self._local = threading.local()
 
     def write(self, parts: Sequence[Part]) -> None:
-        with ThreadPoolExecutor(_THREADS) as pool:
+        with ThreadPoolExecutor(THREADS) as pool:
             tasks = [pool.submit(self._write_part, part) for part in parts]
             try:
                 for task in tasks:

@@ -19,7 +19,7 @@ from edgeinfer.exporters.checkpoint import read_config
 from edgeinfer.exporters.onnx_float16 import to_float16
 from edgeinfer.exporters.onnx_graph import fix_default_inputs, standard_opset
 from edgeinfer.exporters.onnx_optimize import can_optimize, optimize
-from edgeinfer.exporters.onnx_quantize import quantize_int4, quantize_int8
+from edgeinfer.exporters.onnx_quantize import INT8_OPSET, quantize_int4, quantize_int8
 from edgeinfer.exporters.onnx_scratch import Scratch
 from edgeinfer.exporters.onnx_source import OnnxGraph, open_onnx
 from edgeinfer.exporters.onnx_static import FORMS as STATIC_FORMS
@@ -40,7 +40,7 @@ Progress = Callable[[float], None]
 QUANTS = {
     "F32": "as it is",
     "F16": "float16 inside, float32 outside",
-    "INT8": "matrix products, LSTMs and embeddings in 8 bits, activations quantized as they come",
+    "INT8": "matrix products, embeddings and LSTMs in 8 bits, activations quantized as they come",
     "INT8_STATIC": "convolutions and matrix products in 8 bits, with ranges from calibration data",
     "INT8_TENSORRT": "the same with symmetric ranges, as TensorRT wants them",
     "INT4": "weights of matrix products in 4 bits",
@@ -243,17 +243,20 @@ class _Job:
         self.parameters = sum(prod(tensor.dims) for tensor in weights)
 
     def _raise_opset(self) -> None:
-        """Static quantization has a scale for each channel only in newer versions of the operators."""
+        """Some operators that quantizing needs are only in newer versions."""
         model = self.graph.proto
-        if self.quant not in STATIC_FORMS or standard_opset(model) >= STATIC_OPSET:
+        needed = STATIC_OPSET if self.quant in STATIC_FORMS else INT8_OPSET if self.quant == "INT8" else 0
+        if standard_opset(model) >= needed:
             return
         try:
-            self.graph.proto = onnx.version_converter.convert_version(model, STATIC_OPSET)
+            self.graph.proto = onnx.version_converter.convert_version(model, needed)
             self.graph.proto.ir_version = max(7, model.ir_version)
-        except RuntimeError:  # of the converter, where an operator has no newer version
-            self.notes.append(
-                "weights have one scale each, not one a channel: its operators have no newer version"
-            )
+        except RuntimeError as error:  # of the converter, where an operator has no newer version
+            raise ExportError(
+                f"{self.name}: is written for operators of version {standard_opset(model)}, --quant "
+                f"{self.quant} needs {needed}, and onnx cannot convert it: "
+                f"{' '.join(str(error).split())[:200]}. Export it anew from where it comes from."
+            ) from error
 
     def _quantize(self) -> None:
         between = self.part(0.1, 0.6)

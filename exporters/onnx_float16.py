@@ -29,7 +29,6 @@ from edgeinfer.exporters.onnx_weights import Computed, Inline, Source, Weights
 
 FLOAT, HALF = TensorProto.FLOAT, TensorProto.FLOAT16
 _LARGEST, _SMALLEST = 65504.0, 2.0**-24  # of float16
-_PIECE = 1 << 20  # elements
 #: Their scales lose too much, and the type of what they give is not always that of what they take.
 _KEPT = {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"}
 
@@ -210,18 +209,16 @@ class _Scope:
 def _half_source(source: Source) -> Source:
     if isinstance(source, Inline):
         return Inline(half(np.frombuffer(source.data, np.float32)).tobytes())
-    count = source.num_bytes // 4
 
     def pieces() -> Iterator[np.ndarray]:
-        array = Weights.read(source, np.dtype(np.float32), (count,))
-        for start in range(0, count, _PIECE):
-            yield half(array[start : start + _PIECE])
+        for piece in source.pieces():
+            yield half(np.frombuffer(piece, np.float32))
 
-    return Computed(2 * count, pieces, ("float16", source))
+    return Computed(source.num_bytes // 2, pieces, ("float16", source))
 
 
 def half(array: np.ndarray) -> np.ndarray:
-    """float16 in which what is finite stays finite, and what is not zero (an epsilon) does not become zero."""
+    """float16 in which what is finite stays finite, and what is not zero (an epsilon) not zero."""
     limited = np.where(np.isfinite(array), np.clip(array, -_LARGEST, _LARGEST), array)
     rounded = limited.astype(np.float16)
     lost = (rounded == 0) & (array != 0)

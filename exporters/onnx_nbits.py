@@ -14,9 +14,10 @@ from onnx import NodeProto, TensorProto, helper
 
 from edgeinfer.exporters.onnx_scratch import Scratch
 from edgeinfer.exporters.onnx_weights import Source
+from edgeinfer.exporters.parallel import in_order
 
 DOMAIN = "com.microsoft"
-_CHUNK_BYTES = 64 << 20
+_CHUNK_BYTES = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ _ACCURACY_LEVEL = 4
 
 @dataclass(frozen=True)
 class PackedMatrix:
-    """A weight (rows, columns) as the operator wants it: tensors without data, and the sources of their data."""
+    """A weight (rows, columns) as the operator wants it: tensors without data, and their sources."""
 
     rows: int
     columns: int
@@ -78,11 +79,13 @@ def pack(
     quantize = _quantizer(form)
     rows, count = shape
     step = max(1, _CHUNK_BYTES // (4 * rows))
+
+    def work(start: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        return quantize(np.ascontiguousarray(columns(start, min(count, start + step)), np.float32))
+
     with scratch.stream() as packed:
         others = []
-        for start in range(0, count, step):
-            part = np.ascontiguousarray(columns(start, min(count, start + step)), np.float32)
-            values, scales, zeros = quantize(part)
+        for values, scales, zeros in in_order(work, range(0, count, step)):
             packed.write(values)
             others.append((scales, zeros))
     scales, zeros = (np.concatenate([pair[place] for pair in others]) for place in range(2))

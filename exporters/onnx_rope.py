@@ -1,4 +1,4 @@
-"""Rotary positions of a decoder: the frequencies that transformers computes, and the nodes that turn by them."""
+"""Rotary positions of a decoder: the frequencies of transformers, and the nodes that turn by them."""
 
 from __future__ import annotations
 

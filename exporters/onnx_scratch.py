@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -17,22 +18,23 @@ _ALIGNMENT = 64
 class Stream:
     """Data written in parts, one after the other; `source` is where all of it lies, known at the end."""
 
-    def __init__(self, scratch: Scratch):
-        self._scratch = scratch
-        self._start = scratch._place()
+    def __init__(self, file: BinaryIO):
+        self._file = file
+        self._digest = hashlib.blake2b(digest_size=32)
         self.source: FilePart | None = None
 
     def write(self, array: np.ndarray) -> None:
-        self._scratch._file.write(memoryview(np.ascontiguousarray(array)).cast("B"))
+        data = memoryview(np.ascontiguousarray(array)).cast("B")
+        self._digest.update(data)
+        self._file.write(data)
 
-    def _close(self) -> None:
-        file = self._scratch._file
-        file.flush()
-        self.source = FilePart(self._scratch.path, self._start, file.tell() - self._start)
+    @property
+    def digest(self) -> bytes:
+        return self._digest.digest()
 
 
 class Scratch:
-    """The file `path`, made anew; whoever made its folder removes it."""
+    """The file `path`, made anew; whoever made its folder removes it. Equal data is kept once."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -40,24 +42,23 @@ class Scratch:
         self._known: dict[bytes, FilePart] = {}
 
     def add(self, array: np.ndarray) -> FilePart:
-        """Equal data is stored once."""
-        digest = hashlib.blake2b(np.ascontiguousarray(array).data, digest_size=32).digest()
-        if digest not in self._known:
-            with self.stream() as stream:
-                stream.write(array)
-            self._known[digest] = stream.source
-        return self._known[digest]
+        with self.stream() as stream:
+            stream.write(array)
+        return stream.source
 
     @contextmanager
     def stream(self) -> Iterator[Stream]:
         """One at a time."""
-        stream = Stream(self)
-        yield stream
-        stream._close()
-
-    def _place(self) -> int:
         self._file.write(bytes(-self._file.tell() % _ALIGNMENT))
-        return self._file.tell()
+        start = self._file.tell()
+        stream = Stream(self._file)
+        yield stream
+        part = FilePart(self.path, start, self._file.tell() - start)
+        stream.source = self._known.setdefault(stream.digest, part)
+        if stream.source is not part:
+            self._file.seek(start)
+            self._file.truncate()
+        self._file.flush()
 
     def close(self) -> None:
         self._file.close()

@@ -1,4 +1,4 @@
-"""Where the data of a model's tensors is, read piece by piece, so that a model need never be whole in memory."""
+"""Where the data of a model's tensors is; it is read piece by piece, so that it is never all in memory."""
 
 from __future__ import annotations
 

@@ -4,6 +4,8 @@ of use.
 
 from __future__ import annotations
 
+import hashlib
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +28,7 @@ from edgeinfer.exporters.onnx_graph import (
 )
 from edgeinfer.exporters.onnx_source import OnnxGraph
 from edgeinfer.exporters.onnx_tensors import all_graphs, all_tensors, tensor_bytes
-from edgeinfer.exporters.onnx_weights import set_place
+from edgeinfer.exporters.onnx_weights import Source, set_place
 from edgeinfer.onnx.runtime import explained, session_options
 
 EXTERNAL_BYTES = 1024  # smaller tensors stay inside the model
@@ -53,7 +55,7 @@ def write_onnx(graph: OnnxGraph, path: Path, progress: Callable[[float], None] |
     model = graph.proto
     _finish(model)
     tensors = initializers_in_order(model.graph)
-    large = [(tensor, graph.weights.source(tensor)) for tensor in tensors if _is_large(tensor)]
+    large = _equal_ones_joined(model, [(t, graph.weights.source(t)) for t in tensors if _is_large(t)])
     data = path.with_name(path.name + DATA_SUFFIX)
     if large:
         parts = place([(tensor.name, source) for tensor, source in large])
@@ -67,6 +69,26 @@ def write_onnx(graph: OnnxGraph, path: Path, progress: Callable[[float], None] |
             graph.weights.embed(tensor)
     path.write_bytes(model.SerializeToString(deterministic=True))
     return Written(path.stat().st_size, data.stat().st_size if large else 0, len(large))
+
+
+def _equal_ones_joined(
+    model: ModelProto, large: list[tuple[TensorProto, Source]]
+) -> list[tuple[TensorProto, Source]]:
+    """The same, but weights of subgraphs (both branches of an If may have all of them) with equal data have one
+    source.
+    """
+    outside = {id(tensor): tensor for tensor in model.graph.initializer}
+    sizes = Counter(source.num_bytes for tensor, source in large if id(tensor) not in outside)
+    first: dict[tuple[int, bytes], Source] = {}
+    joined = []
+    for tensor, source in large:
+        if id(tensor) not in outside and sizes[source.num_bytes] > 1:
+            digest = hashlib.blake2b(digest_size=32)
+            for piece in source.pieces():
+                digest.update(piece)
+            source = first.setdefault((source.num_bytes, digest.digest()), source)
+        joined.append((tensor, source))
+    return joined
 
 
 def _finish(model: ModelProto) -> None:

@@ -11,19 +11,20 @@ import struct
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 from edgeinfer.errors import ModelFileError
+from edgeinfer.exporters.aligned_file import PAGE, AlignedBuffer, TargetFile
 from edgeinfer.ggml_types import GGML_TYPES
 from edgeinfer.gguf_header import read_header
 from edgeinfer.gguf_window import open_regular
 from edgeinfer.modelfile import ModelFile, TensorInfo
 
-NUM_BUFFERS = 4
-_FLUSH_BYTES = 64 << 20  # written to the disk and then given back at once
+_READ_BUFFERS = 4
+NUM_BUFFERS = _READ_BUFFERS + 1  # of all, one to write from
 _ALIGNMENT = "general.alignment"
 _SPLIT = ("split.no", "split.count", "split.tensors.count")  # a split model becomes one file
 _TYPE_NUMBERS = {kind.name: number for number, kind in GGML_TYPES.items()}
@@ -66,8 +67,8 @@ def rewrite(
     buffer_bytes: int,
     progress: Callable[[float], None] | None = None,
 ) -> int:
-    """Write `tensors` of `file` to `target` in this order, each at a multiple of `alignment`; gives the bytes
-    written.
+    """Write `tensors` of `file` to the existing file `target` in this order, each at a multiple of
+    `alignment`; gives the bytes written.
 
     Keys and values are those of the source's first part, in their order and to the byte, but for
     general.alignment and those that say that a model is split. Holds NUM_BUFFERS buffers of `buffer_bytes`.
@@ -76,13 +77,13 @@ def rewrite(
     with ExitStack() as stack:
         parts = [stack.enter_context(open_regular(path)) for path in file.paths]
         before = [_identity(part) for part in parts]
-        with open(target, "wb", buffering=0) as out:
-            writer = _Writer(out)
+        header_bytes = sum(len(piece) for piece in _header_pieces(file, parts[0], tensors, alignment))
+        total = sum(_padded(size, alignment) for size in (header_bytes, *(t.nbytes for t in tensors)))
+        with closing(_Writer(target, total, buffer_bytes)) as writer:
             for piece in _header_pieces(file, parts[0], tensors, alignment):
                 writer.write(piece)
             writer.pad(alignment)
-            total = writer.position + sum(_padded(tensor.nbytes, alignment) for tensor in tensors)
-            for tensor, buffer in _read_ahead(file, parts, tensors, buffer_bytes):
+            for tensor, buffer in _read_ahead(parts, tensors, buffer_bytes):
                 if tensor is not None:
                     writer.pad(alignment)
                 writer.write(buffer)
@@ -105,27 +106,39 @@ def rewritten_bytes(file: ModelFile, tensors: Sequence[Placed], alignment: int) 
 
 
 class _Writer:
-    """Writes one after the other; every _FLUSH_BYTES reach the disk, and their pages go back."""
+    """Writes one after the other, past the page cache where the file system allows it: whole buffers, so
+    whole pages.
+    """
 
-    def __init__(self, out: BinaryIO):
-        self._out = out
-        self.position = self._flushed = 0
+    def __init__(self, path: Path, size: int, buffer_bytes: int):
+        self._file = TargetFile(path, size)
+        self._buffer = AlignedBuffer(buffer_bytes)
+        self._filled = self._written = 0
+
+    @property
+    def position(self) -> int:
+        return self._written + self._filled
 
     def write(self, data: bytes | memoryview) -> None:
         left = memoryview(data)
         while left:
-            left = left[self._out.write(left) :]
-        self.position += len(data)
-        if self.position - self._flushed >= _FLUSH_BYTES:
-            self.flush()
+            piece = left[: len(self._buffer) - self._filled]
+            self._buffer.view[self._filled : self._filled + len(piece)] = piece
+            self._filled += len(piece)
+            left = left[len(piece) :]
+            if self._filled == len(self._buffer):
+                self.flush()
 
     def pad(self, alignment: int) -> None:
         self.write(bytes(-self.position % alignment))
 
     def flush(self) -> None:
-        os.fsync(self._out.fileno())
-        _give_back(self._out, self._flushed, self.position - self._flushed)
-        self._flushed = self.position
+        whole = self._filled % PAGE == 0
+        self._file.write(self._written, self._buffer.view[: self._filled], direct=whole)
+        self._written, self._filled = self.position, 0
+
+    def close(self) -> None:
+        self._file.close()
 
 
 def _header_pieces(
@@ -158,22 +171,22 @@ def _copied(source: BinaryIO, where: range) -> Iterator[bytes]:
 
 
 def _read_ahead(
-    file: ModelFile, parts: Sequence[BinaryIO], tensors: Sequence[Placed], buffer_bytes: int
+    parts: Sequence[BinaryIO], tensors: Sequence[Placed], buffer_bytes: int
 ) -> Iterator[tuple[Placed | None, memoryview]]:
     """(tensor that begins here or None, its next bytes), read by a thread while the caller writes what it got
     before.
     """
-    buffers = [memoryview(bytearray(buffer_bytes)) for _ in range(NUM_BUFFERS)]
+    buffers = [memoryview(bytearray(buffer_bytes)) for _ in range(_READ_BUFFERS)]
     ahead: deque[tuple[Placed | None, Future[memoryview]]] = deque()
     with ThreadPoolExecutor(1) as pool:
         count = 0
         for tensor in tensors:
             begins: Placed | None = tensor
             for reads in _batches(tensor, buffer_bytes):
-                if len(ahead) == NUM_BUFFERS - 1:  # the last one given out is still being written
+                if len(ahead) == _READ_BUFFERS - 1:  # the last one given out is still being written
                     started, done = ahead.popleft()
                     yield started, done.result()
-                ahead.append((begins, pool.submit(_read_batch, parts, reads, buffers[count % NUM_BUFFERS])))
+                ahead.append((begins, pool.submit(_read_batch, parts, reads, buffers[count % _READ_BUFFERS])))
                 begins, count = None, count + 1
         for started, done in ahead:
             yield started, done.result()

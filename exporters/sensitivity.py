@@ -114,7 +114,7 @@ def measure_losses(
     threads = threads or default_threads()
     weights = _Weights(file, importance)
     tensors = {tensor.name: tensor for tensor in file.tensors if tensor.name in candidates}
-    with ThreadPoolExecutor(threads) as pool:
+    with _pool(threads) as pool:
         errors = {
             name: {type: pool.submit(weights.error, tensor, type) for type in candidates[name]}
             for name, tensor in tensors.items()
@@ -137,6 +137,15 @@ def measure_losses(
     return {
         name: {type: rates[name] * error for type, error in kinds.items()} for name, kinds in found.items()
     }
+
+
+@contextmanager
+def _pool(threads: int) -> Iterator[ThreadPoolExecutor]:
+    pool = ThreadPoolExecutor(threads)
+    try:
+        yield pool
+    finally:  # after Ctrl-C, without what has not begun
+        pool.shutdown(cancel_futures=True)
 
 
 def _probe_type(errors: Mapping[str, float], bits: float) -> str:

@@ -268,6 +268,8 @@ def test_buffers_of_any_size_give_the_same_file(models, tmp_path, buffer_bytes):
     file = read_model_file(tiny_model(models, "deepseek2", "Q4_0"))
     tensors = arrange(file, by_name(file))
     fractions = []
+    for name in ("large.gguf", "small.gguf"):
+        (tmp_path / name).touch()
     rewrite(file, tensors, tmp_path / "large.gguf", alignment=4096, buffer_bytes=8 << 20)
     rewrite(
         file,
