@@ -31,6 +31,7 @@ MERGES_EXPERTS = frozenset(
 )
 _BUFFER_BYTES = 4 << 20
 _SMALLEST_BUFFER_BYTES = 64 << 10
+_NOT_SEEN = "the order of use could not be seen, as llama.cpp cannot open the model, or not within --memory"
 _RESERVE_BYTES = 16 << 20  # the header, Python objects, threads
 
 
@@ -50,7 +51,7 @@ class LayoutReport:
 
     def lines(self) -> list[str]:
         """For the screen."""
-        order = "use" if self.order_from_graph else "names, as the model could not be opened"
+        order = "use" if self.order_from_graph else f"names: {_NOT_SEEN}"
         size = format_size(self.file_bytes)
         lines = [
             f"{self.path}: {size}, written in {self.seconds:.1f} s",
