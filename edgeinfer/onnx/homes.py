@@ -1,6 +1,7 @@
 """Where ONNX Runtime has mapped the weights of a session: found in the process's list of mappings.
 
-ONNX Runtime maps each external tensor on its own, so an address is known by the offset in the file.
+ONNX Runtime maps each external tensor on its own, so an address is known by the offset in the file. But where
+two mappings happen to lie side by side in memory as in the file, the kernel shows them as one.
 """
 
 from __future__ import annotations
@@ -8,7 +9,8 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,6 +44,50 @@ def _matching(device: str, inode: str) -> Iterator[Mapping]:
             if found_device == device and found_inode == inode:
                 start, end = (int(address, 16) for address in addresses.split("-"))
                 yield Mapping(start, int(offset, 16), end - start)
+
+
+def without(found: Iterable[Mapping], others: Sequence[Mapping]) -> list[Mapping]:
+    """What `found` covers and `others` do not."""
+    left = list(found)
+    for other in others:
+        left = [part for mapping in left for part in _cut_out(mapping, other)]
+    return left
+
+
+def _cut_out(mapping: Mapping, other: Mapping) -> Iterator[Mapping]:
+    end, other_end = mapping.address + mapping.nbytes, other.address + other.nbytes
+    for start, stop in ((mapping.address, min(end, other.address)), (max(mapping.address, other_end), end)):
+        if start < stop:
+            yield Mapping(start, mapping.offset + start - mapping.address, stop - start)
+
+
+def as_made(found: Iterable[Mapping], ranges: Iterable[tuple[int, int]]) -> list[Mapping]:
+    """Each mapping by itself, in order of offsets: `ranges` are the (offset, bytes) that may have been mapped.
+
+    What they do not explain stays as it was found.
+    """
+    left = Counter(ranges)
+    parts = []
+    for mapping in found:
+        sizes = _tiling(mapping.offset, mapping.offset + mapping.nbytes, left) or [mapping.nbytes]
+        address, offset = mapping.address, mapping.offset
+        for nbytes in sizes:
+            parts.append(Mapping(address, offset, nbytes))
+            left[offset, nbytes] -= 1
+            address, offset = address + nbytes, offset + nbytes
+    return sorted(parts, key=lambda mapping: (mapping.offset, mapping.nbytes, mapping.address))
+
+
+def _tiling(start: int, end: int, left: Counter) -> list[int] | None:
+    """Sizes of ranges that fill [start, end) one behind the other."""
+    if start == end:
+        return []
+    for offset, nbytes in sorted(left, reverse=True):  # large ones first
+        if offset == start and left[offset, nbytes] > 0 and start + nbytes <= end:
+            rest = _tiling(start + nbytes, end, left)
+            if rest is not None:
+                return [nbytes, *rest]
+    return None
 
 
 def drop(mapping: Mapping) -> None:

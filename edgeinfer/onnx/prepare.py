@@ -25,7 +25,7 @@ from edgeinfer.onnx.optimize import as_it_is, optimize, take_in, weight_bytes, w
 from edgeinfer.onnx.prepared import PortFacts, Prepared
 from edgeinfer.onnx.runtime import explained
 from edgeinfer.onnx.stage_files import StageFiles, open_stage, page_ranges, write_stage
-from edgeinfer.onnx.weight_uses import WeightUses
+from edgeinfer.onnx.weight_uses import WeightUses, mapped_ranges
 
 Progress = Callable[[float], None]
 
@@ -81,11 +81,12 @@ def _write(
     with explained(source):
         write_stage(model.SerializeToString(), folder, files, source.parent, optimize_it)
         give_back_memory()
-        _, found = open_stage(folder, files, 1)
+        written = onnx.load(folder / files.model, load_external_data=False)
+        _, found = open_stage(folder, files, 1, mapped_ranges(written))
     ranges = page_ranges(found)
     give_back_memory()
     data_bytes = _leave_page_cache(folder / files.data) if (folder / files.data).exists() else 0
-    uses = WeightUses(onnx.load(folder / files.model, load_external_data=False), ranges)
+    uses = WeightUses(written, ranges)
     return replace(
         files,
         ranges=ranges,

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import onnxruntime as ort
 
-from edgeinfer.onnx.homes import Mapping, mappings
+from edgeinfer.onnx.homes import Mapping, as_made, mappings, without
 from edgeinfer.onnx.runtime import session_options
 
 INLINE_BYTES = 64 << 10  # weights below this stay in the graph's own file, and so in memory
@@ -97,19 +97,19 @@ def write_stage(model: bytes, folder: Path, files: StageFiles, data_folder: Path
     ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
-def open_stage(folder: Path, files: StageFiles, threads: int) -> tuple[ort.InferenceSession, list[Mapping]]:
-    """The session of a stage, and where it has mapped its weights."""
+def open_stage(
+    folder: Path, files: StageFiles, threads: int, ranges: Iterable[tuple[int, int]]
+) -> tuple[ort.InferenceSession, list[Mapping]]:
+    """The session of a stage, and where it has mapped its weights, which lie in `ranges` of the data file."""
     options = _stage_options(threads)
     options.add_session_config_entry("session.use_env_allocators", "1")
     data = folder / files.data
-    before = (
-        set(mappings(data)) if data.exists() else set()
-    )  # of another model that is opened from the same files
+    before = mappings(data) if data.exists() else []  # of another model that is opened from the same files
     session = ort.InferenceSession(
         os.fspath(folder / files.model), options, providers=["CPUExecutionProvider"]
     )
     found = mappings(data) if data.exists() else []
-    return session, [mapping for mapping in found if mapping not in before]
+    return session, as_made(without(found, before), ranges)
 
 
 def page_ranges(found: Iterable[Mapping]) -> tuple[tuple[int, int], ...]:

@@ -67,12 +67,12 @@ class Stages:
         if not files.are_whole(self._folder):
             raise StaleEntry(f"the files of stage {number} are not as they were written")
         with explained(self._path):
-            session, found = open_stage(self._folder, files, threads)
+            session, found = open_stage(self._folder, files, threads, files.ranges)
         if page_ranges(found) != files.ranges:
             raise StaleEntry(f"stage {number} does not use its prepared weights as it did")
         self._sessions.append(session)
-        for mapping in found:
-            block = Block(f"{number}:{mapping.offset}", number, mapping.offset, mapping.nbytes)
+        for index, mapping in enumerate(found):
+            block = Block(f"{number}:{index}", number, mapping.offset, mapping.nbytes)
             self._homes[block.name] = mapping.address
             if mapping.offset in files.idle:
                 drop(mapping)
@@ -238,11 +238,11 @@ def blocks_of(prepared: Prepared) -> list[Block]:
     """The blocks of all stages, in order of use; not what is most likely idle."""
     found = []
     for number, files in enumerate(prepared.stages):
-        for offset, nbytes in files.ranges:
+        for index, (offset, nbytes) in enumerate(files.ranges):
             tables = [table for table in files.tables if offset <= table.offset < offset + nbytes]
             if offset not in files.idle:
                 found.append(
-                    Block(f"{number}:{offset}", number, offset, nbytes, tables[0] if tables else None)
+                    Block(f"{number}:{index}", number, offset, nbytes, tables[0] if tables else None)
                 )
     return found
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import onnx
 
 from edgeinfer.onnx.cut import used_names
-from edgeinfer.onnx.optimize import external_range
+from edgeinfer.onnx.optimize import all_tensors, external_range
 from edgeinfer.onnx.stage_files import Table
 
 #: Operators that look up rows: (domain, name) -> (input with the indices, inputs that are tables).
@@ -92,6 +92,29 @@ class WeightUses:
         others = (other for key, other in self._places.items() if key != name and other is not None)
         shared = any(offset < end and start < offset + nbytes for _, offset, nbytes in others)
         return None if shared or place[1] + place[2] > end else start
+
+
+def mapped_ranges(model: onnx.ModelProto) -> list[tuple[int, int]]:
+    """(offset, bytes) of whole pages for each weight in the data file, and for each part of a rearranged one.
+
+    ONNX Runtime notes the latter as "kernel|offset;bytes;padding|offset;..." (prepacked_weights in
+    tensor_external_data_info.cc of its source).
+    """
+    found = []
+    for tensor in all_tensors(model.graph):
+        place = external_range(tensor)
+        if place is not None:
+            found.append(place[1:])
+        for entry in tensor.external_data:
+            if entry.key.startswith("prepacked"):
+                parts = (part.split(";") for part in entry.value.split("|")[1:])
+                found += [(int(part[0]), int(part[1])) for part in parts if len(part) > 1]
+    return [_whole_pages(offset, nbytes) for offset, nbytes in found]
+
+
+def _whole_pages(offset: int, nbytes: int) -> tuple[int, int]:
+    start = offset // mmap.PAGESIZE * mmap.PAGESIZE
+    return start, -(-(offset + nbytes - start) // mmap.PAGESIZE) * mmap.PAGESIZE
 
 
 def _is_rearranged(tensor: onnx.TensorProto) -> bool:
