@@ -1,13 +1,14 @@
 """Which weights of a staged model stay and which are streamed, under one budget.
 
 A stage computes with all of its weights in memory, while those of the next one are read: the ring for
-streamed weights holds what two stages that follow each other stream.
+streamed weights holds what three stages that follow each other stream.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from edgeinfer.budget import Ledger, format_size
 from edgeinfer.errors import BudgetError
@@ -17,6 +18,8 @@ from edgeinfer.plan import SMALL_BYTES, WeightUse, spread
 MIB = 1 << 20
 CHUNK_BYTES = MIB
 READING_THREADS = 8
+AHEAD = 2  # stages that are read while one computes
+_MOST_FOR_RING = 1.1  # times the streamed bytes, for a ring one stage larger
 
 
 @dataclass(frozen=True)
@@ -72,12 +75,19 @@ def place_blocks(blocks: Sequence[Block], capacity: int) -> Placement | None:
     total = sum(block.nbytes for block in blocks)
     if total <= capacity:
         return set(), 0
-    for ring_rule in (ring_for, smallest_ring):
+    best: Placement | None = None
+    for ring_rule in (smallest_ring, partial(ring_for, ahead=1), ring_for):
         tried = [_stream_up_to(limit, blocks, total, capacity, ring_rule) for limit in _limits(blocks)]
         found = [placement for placement in tried if placement is not None]
-        if found:
-            return min(found, key=lambda placement: _bytes_of(placement[0], blocks))
-    return None
+        placement = min(found, key=lambda placement: _bytes_of(placement[0], blocks), default=None)
+        if placement and (best is None or _is_worth_it(placement, best, blocks)):
+            best = placement
+    return best
+
+
+def _is_worth_it(larger: Placement, smaller: Placement, blocks: Sequence[Block]) -> bool:
+    """Whether a larger ring gains more by keeping the disk busy than it costs: more is streamed, as less stays."""
+    return _bytes_of(larger[0], blocks) <= _MOST_FOR_RING * _bytes_of(smaller[0], blocks)
 
 
 def place_least(blocks: Sequence[Block]) -> Placement:
@@ -132,13 +142,15 @@ def _streamed_by_stage(blocks: Sequence[Block], streamed: Collection[str]) -> li
     return [sizes[stage] for stage in sorted(sizes)]
 
 
-def ring_for(blocks: Sequence[Block], streamed: Collection[str]) -> int:
-    """The ring that keeps the disk busy: the streamed weights of a stage, and of the one behind it in the
-    cycle.
+def ring_for(blocks: Sequence[Block], streamed: Collection[str], ahead: int = AHEAD) -> int:
+    """The ring that keeps the disk busy: the streamed weights of a stage and of `ahead` behind it in the cycle.
+
+    With one behind it, nothing else is read while the last piece of the next stage is waited for.
     """
     sizes = _streamed_by_stage(blocks, streamed)
-    pairs = [one + other for one, other in zip(sizes, sizes[1:] + sizes[:1])]
-    return max([smallest_ring(blocks, streamed), *pairs])
+    cycle = sizes + sizes[:ahead]
+    windows = [sum(cycle[first : first + 1 + ahead]) for first in range(len(sizes))]
+    return max([smallest_ring(blocks, streamed), *windows])
 
 
 def smallest_ring(blocks: Sequence[Block], streamed: Collection[str]) -> int:

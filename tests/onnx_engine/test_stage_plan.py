@@ -70,10 +70,16 @@ def test_whatever_fits_is_placed(seed):
 def test_just_enough_is_streamed_and_spread_evenly():
     blocks = [Block(str(number), number, 0, 16 * MIB) for number in range(100)]
     streamed, ring = place_blocks(blocks, 800 * MIB)
-    assert ring == ring_for(blocks, streamed) == 32 * MIB
-    assert 832 <= 16 * len(streamed) <= 848
+    assert ring == ring_for(blocks, streamed) == 48 * MIB
+    assert 848 <= 16 * len(streamed) <= 864
     numbers = sorted(int(name) for name in streamed)
     assert max(b - a for a, b in zip(numbers, numbers[1:])) <= 2
+
+
+def test_a_ring_that_costs_too_much_is_made_smaller():
+    blocks = [Block(str(number), number, 0, 16 * MIB) for number in range(12)]
+    streamed, ring = place_blocks(blocks, 150 * MIB)
+    assert ring == 32 * MIB and len(streamed) == 5  # 48 MiB for six, which is a fifth more
 
 
 def test_the_ring_is_small_where_nothing_else_fits():
