@@ -8,6 +8,8 @@
         print(model.stats.tokens_per_second)
 """
 
+import os
+
 from edgeinfer.errors import (
     BudgetError,
     EdgeInferError,
@@ -22,6 +24,10 @@ from edgeinfer.errors import (
 from edgeinfer.model import Model, Stats, load
 
 __version__ = "0.1.0"
+
+# ONNX Runtime reports its use to its makers and keeps an identifier in the user's cache folder, from the moment
+# it is imported, unless this is set before. Nobody asked for that; who wants it sets the variable to 0.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 __all__ = [
     "BudgetError",

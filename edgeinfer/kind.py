@@ -10,13 +10,16 @@ _MOST_IR_VERSION = 64
 
 
 def model_kind(path: str | os.PathLike) -> str:
-    """ "onnx" or "gguf". A file that is neither is left to the GGUF reader, which says so."""
+    """ "onnx" or "gguf". A file that is neither is left to the reader that its name asks for, which says so."""
+    named = "onnx" if os.fspath(path).endswith(".onnx") else "gguf"
     try:
         with open(path, "rb") as file:
             start = file.read(4096)
     except OSError:
-        return "onnx" if os.fspath(path).endswith(".onnx") else "gguf"
-    return "onnx" if not start.startswith(b"GGUF") and _begins_as_onnx(start) else "gguf"
+        return named
+    if start.startswith(b"GGUF"):
+        return "gguf"
+    return "onnx" if _begins_as_onnx(start) else named
 
 
 def _begins_as_onnx(start: bytes) -> bool:

@@ -112,7 +112,7 @@ def run(
         _refuse(WRITING, "a model that writes", f"{model} does not")
         _run_onnx(model, prompt, memory, threads, as_json, onnx)
         return
-    _refuse(tuple(onnx), "an ONNX model", f"{model} writes" if model else "no MODEL was given")
+    _refuse(tuple(onnx), "an ONNX model", f"{model} is none, or writes" if model else "no MODEL was given")
     is_chat = prompt is None and not as_json and _is_terminal(sys.stdin) and _is_terminal(sys.stdout)
     if not is_chat:
         prompt = _read_prompt() if prompt is None else prompt

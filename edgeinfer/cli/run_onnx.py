@@ -20,7 +20,7 @@ from edgeinfer.errors import InputError
 from edgeinfer.exporters.output import Target
 from edgeinfer.forms import Form, find_form, read_form
 from edgeinfer.inputs import Fed, InputOptions, gather_feeds
-from edgeinfer.onnx.ports import Port
+from edgeinfer.inputs.files import InputFiles, kind_of
 from edgeinfer.outputs.arrays import json_array, plain, summary, write_npz
 from edgeinfer.outputs.reading import Finding, Reader
 
@@ -62,17 +62,21 @@ def run_onnx(request: OnnxRequest) -> None:
         reader = Reader(model, form, path, request.labels)
         with ProgressLine("Running the model"):
             result = _run(model, form, path, request)
+        is_read = reader.kind == "classes" or result.fed.placement is not None  # boxes want their picture
+        kind = reader.kind if is_read else None
         findings = reader.read(result.arrays, result.fed.placement, request.top, request.threshold)
         for note in result.fed.notes:
             click.echo(note, err=True)
         with target as part:
             if part is not None:
-                _write(part, Path(request.output).suffix.lower(), result, reader.kind, findings)
+                _write(part, Path(request.output).suffix.lower(), result, kind, findings)
         if request.as_json:
-            click.echo(json.dumps(_facts(model, result, reader.kind, findings), allow_nan=False))
+            click.echo(json.dumps(_facts(model, result, kind, findings), allow_nan=False))
             return
-        if part is None or findings:
-            click.echo(_text(result, reader.kind, findings))
+        if part is None or kind is not None:
+            click.echo(_text(result, kind, findings))
+        if kind is not None and result.batch > 1:
+            click.echo(f"Shown is the first of {result.batch} of a batch; -o OUT.npz has all outputs.", err=True)
         click.echo(_closing_line(model, result), err=True)
 
 
@@ -84,40 +88,47 @@ class _Result:
     sound: np.ndarray | None = None
     rate: int = 0
 
+    @property
+    def batch(self) -> int:
+        """Of how many inputs the outputs are; 1 where that is not known."""
+        if self.sound is not None or not self.fed.arrays:
+            return 1
+        sizes = {array.shape[0] if array.ndim else 1 for array in (*self.arrays.values(), *self.fed.arrays.values())}
+        return sizes.pop() if len(sizes) == 1 else 1
+
 
 def _run(model: Any, form: Form | None, path: Path, request: OnnxRequest) -> _Result:
-    sound = _whole_sound(model.inputs, form, request)
+    files = InputFiles()
+    sound = _whole_sound(form, request, files)
     if sound is not None:
-        return _run_sound(model, form, sound, request)
-    fed = gather_feeds(model.inputs, model.outputs, request.given, form, path, request.options)
+        return _run_sound(model, form, sound, request, files)
+    fed = gather_feeds(model.inputs, model.outputs, request.given, form, path, request.options, files)
     start = time.perf_counter()
     arrays = model.run(fed.arrays)
     return _Result(arrays, fed, time.perf_counter() - start)
 
 
-def _whole_sound(inputs: Sequence[Port], form: Form | None, request: OnnxRequest) -> str | None:
+def _whole_sound(form: Form | None, request: OnnxRequest, files: InputFiles) -> str | None:
     """The sound file that is to go through the model step by step, where the form says how."""
     if form is None or form.framing is None or len(request.given) != 1:
         return None
-    from edgeinfer.inputs.files import kind_of, open_input
-
     given = request.given[0]
     name = given.removeprefix(f"{form.framing.input}=")
-    if name == "-" or not Path(name).is_file():
+    if name != "-" and not Path(name).is_file():
         return None
-    with open_input(name) as file:
+    with files(name) as file:
         return name if kind_of(file) == "sound" else None
 
 
-def _run_sound(model: Any, form: Form, name: str, request: OnnxRequest) -> _Result:
+def _run_sound(model: Any, form: Form, name: str, request: OnnxRequest, files: InputFiles) -> _Result:
     """All steps of a sound; the outputs are stacked: [steps, ...]."""
     from edgeinfer.streams.model_stream import ModelStream
     from edgeinfer.streams.sources import offered_rate, wav_source
 
-    rate = offered_rate(name)
+    rate = offered_rate(name, files)
     stream = ModelStream(model, form, rate=rate if form.framing.takes(rate) else None)
     steps = []
-    for samples in wav_source(name, stream.rate, stream.rate, request.resample):
+    for samples in wav_source(name, stream.rate, stream.rate, request.resample, files):
         steps += stream.feed(samples)
     steps += stream.finish()
     names = steps[0].outputs if steps else ()
@@ -161,6 +172,8 @@ def _write_picture(
 ) -> None:
     from edgeinfer.outputs.drawing import draw_boxes
 
+    if kind is None and result.fed.picture is None:
+        raise InputError("Boxes are drawn on the picture that was given, and none was. Give -o a .npz or .json.")
     if result.fed.picture is None or kind not in ("boxes", "regions"):
         raise InputError(
             "Only what finds boxes in a picture can be drawn: no form says that of this model. Give --form, "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -83,7 +83,7 @@ def stream(model: str, source: str, output: str | None, as_json: bool, **options
     """
     from edgeinfer.streams.pipeline import open_pipeline
     from edgeinfer.streams.running import run_pipeline
-    from edgeinfer.streams.sources import offered_rate
+    from edgeinfer.streams.sources import PipedSound, offered_rate
 
     if output not in (None, "-") and Path(output).suffix.lower() not in RESULTS:
         raise InputError(f"-o {output}: expected a name that ends in {', '.join(RESULTS)}, or -.")
@@ -92,17 +92,28 @@ def stream(model: str, source: str, output: str | None, as_json: bool, **options
     live = options["realtime"] or source == "-"
     with ProgressLine("Preparing the models"):
         names = ("memory", "threads", "provider")
-        rate = offered_rate(source)
-        pipeline = open_pipeline(stages, rate=rate, say=say, **{name: options[name] for name in names})
+        piped = PipedSound(options["raw"]) if source == "-" else None
+        pipeline = open_pipeline(
+            stages,
+            rate=lambda: piped.rate if piped else offered_rate(source),
+            say=say,
+            **{name: options[name] for name in names},
+        )
     interrupted = False
     with pipeline, target as part:
-        pieces = _source(source, pipeline, options)
+        pieces = _source(source, piped, pipeline, options)
         sink = _sink(part, output, pipeline, as_json)
         with contextlib.closing(sink):
             late = options["late"] or ("drop-oldest" if live else "wait")
             try:
                 report = run_pipeline(
-                    pipeline, pieces, sink.take, late=late, depth=options["depth"], live=live
+                    pipeline,
+                    pieces,
+                    sink.take,
+                    late=late,
+                    depth=options["depth"],
+                    live=live,
+                    seconds_of=_length_of(pipeline) if options["late"] is None else None,
                 )
             except KeyboardInterrupt as error:
                 if not error.args:
@@ -150,7 +161,12 @@ def _pairs(texts: Sequence[str]) -> dict[str, str]:
     return pairs
 
 
-def _source(source: str, pipeline: Any, options: dict[str, Any]) -> Iterable[Any]:
+def _length_of(pipeline: Any) -> Callable[[Any], float] | None:
+    """Of a piece, in seconds: a pipe that gives more than is heard in the time is not live, and waits."""
+    return (lambda samples: len(samples) / pipeline.rate) if pipeline.on_sound else None
+
+
+def _source(source: str, piped: Any, pipeline: Any, options: dict[str, Any]) -> Iterable[Any]:
     from edgeinfer.streams import sources
 
     first = next(iter(pipeline.streams.values()))
@@ -163,11 +179,9 @@ def _source(source: str, pipeline: Any, options: dict[str, Any]) -> Iterable[Any
             raise InputError("--raw is for standard input: -i -.")
         pieces = sources.wav_source(source, pipeline.rate, piece, options["resample"])
         return (
-            sources.paced(pieces, lambda samples: len(samples) / pipeline.rate)
-            if options["realtime"]
-            else pieces
+            sources.paced(pieces, _length_of(pipeline)) if options["realtime"] else pieces
         )
-    return sources.piped_sound_source(options["raw"], pipeline.rate, piece, options["resample"])
+    return piped.pieces(pipeline.rate, piece, options["resample"])
 
 
 def _frames(source: str, first: Any, options: dict[str, Any]) -> Iterator[Any]:

@@ -17,7 +17,7 @@ def read_npy(file: BinaryIO, name: str) -> np.ndarray:
     """The array of a .npy file. Pickled objects are refused: reading them would run code. Raises
     InputError."""
     try:
-        return np.lib.format.read_array(file, allow_pickle=False)
+        return _native(np.lib.format.read_array(file, allow_pickle=False))
     except MemoryError:
         raise InputError(f"{name}: the array is larger than memory.") from None
     except _BROKEN as error:
@@ -28,11 +28,16 @@ def read_npz(file: BinaryIO, name: str) -> dict[str, np.ndarray]:
     """The arrays of a .npz file by their names. Raises InputError."""
     try:
         with np.load(file, allow_pickle=False) as arrays:
-            return {key: arrays[key] for key in arrays.files}
+            return {key: _native(arrays[key]) for key in arrays.files}
     except MemoryError:
         raise InputError(f"{name}: its arrays are larger than memory.") from None
     except (*_BROKEN, NotImplementedError, RuntimeError) as error:
         raise InputError(f"{name} is not a .npz file that can be used: {_reason(error)}.") from error
+
+
+def _native(array: np.ndarray) -> np.ndarray:
+    """In this machine's order of bytes: numpy's types say it, a model's do not."""
+    return array.astype(array.dtype.newbyteorder("="), copy=False)
 
 
 def _reason(error: Exception) -> str:

@@ -3,7 +3,7 @@ model."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -48,12 +48,14 @@ def gather_feeds(
     form: Form | None,
     model_path: Path,
     options: InputOptions = InputOptions(),
+    open_file: Callable[[str], BinaryIO] = open_input,
 ) -> Fed:
     """An array for each input. Inputs that are left out get the form's value, or zeros where they are state.
+    `open_file`: opens what is named; see edgeinfer.inputs.files.
 
     Raises InputError for files that cannot be used and for inputs that are missing or unknown.
     """
-    gatherer = _Gatherer(inputs, outputs, form, model_path, options)
+    gatherer = _Gatherer(inputs, outputs, form, model_path, options, open_file)
     if given.count("-") + sum(item.endswith("=-") for item in given) > 1:
         raise InputError("Two inputs are to come from standard input. Only one can.")
     for item in given:
@@ -71,7 +73,9 @@ class _Gatherer:
         form: Form | None,
         model_path: Path,
         options: InputOptions,
+        open_file: Callable[[str], BinaryIO],
     ):
+        self._open = open_file
         self._ports = {port.name: port for port in inputs}
         self._form = form
         self._model_path = model_path
@@ -92,24 +96,33 @@ class _Gatherer:
             self._take_unnamed(item)
 
     def _take_unnamed(self, item: str) -> None:
-        with open_input(item) as file:
+        with self._open(item) as file:
             kind = kind_of(file)
             if kind == "npz":
-                for name, array in read_npz(file, item).items():
-                    self._set(name, array)
+                self._take_npz(read_npz(file, item))
                 return
             if kind == "bytes" and is_text_model(list(self._ports.values())):
                 self.take_text(file.read(), item)
                 return
-            open_ports = [
-                name for name in self._ports if name not in self._optional and name not in self._fed.arrays
-            ]
+            open_ports = self._open_ports()
             if len(open_ports) != 1:
                 raise InputError(
                     f"Which input is {item} for? Say --input NAME={item}. The inputs are "
                     f"{self._describe(self._ports)}."
                 )
             self._set(open_ports[0], self._read(self._ports[open_ports[0]], file, kind, item))
+
+    def _take_npz(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Arrays by their names; the only one needs none where one input is left."""
+        left = self._open_ports()
+        if len(arrays) == 1 and len(left) == 1 and not set(arrays) & set(self._ports):
+            arrays = {left[0]: next(iter(arrays.values()))}
+        for name, array in arrays.items():
+            self._set(name, array)
+
+    def _open_ports(self) -> list[str]:
+        """Inputs that need a value and have none yet."""
+        return [name for name in self._ports if name not in self._optional and name not in self._fed.arrays]
 
     @property
     def _optional(self) -> set[str]:
@@ -119,7 +132,7 @@ class _Gatherer:
         number = read_number(text, port)
         if number is not None:
             return number
-        with open_input(text) as file:
+        with self._open(text) as file:
             return self._read(port, file, kind_of(file), text)
 
     def _read(self, port: Port, file: BinaryIO, kind: str, name: str) -> np.ndarray:

@@ -23,6 +23,8 @@ def open_input(name: str) -> BinaryIO:
     """The file `name`, or for "-" all of standard input. Raises InputError."""
     if name == "-":
         return io.BytesIO(standard_input().read())
+    if not name:
+        raise InputError("The name of an input file is empty. Give --input [NAME=]FILE.")
     path = Path(name)
     try:
         if path.is_dir():
@@ -32,6 +34,20 @@ def open_input(name: str) -> BinaryIO:
         raise InputError(f"There is no input file {name}. Check the path.") from None
     except OSError as error:
         raise InputError(f"The input file {name} cannot be read: {error.strerror}.") from error
+
+
+class InputFiles:
+    """Opens files as `open_input` does, standard input again and again: it is read once, and kept."""
+
+    def __init__(self) -> None:
+        self._piped: bytes | None = None
+
+    def __call__(self, name: str) -> BinaryIO:
+        if name != "-":
+            return open_input(name)
+        if self._piped is None:
+            self._piped = standard_input().read()
+        return io.BytesIO(self._piped)
 
 
 def standard_input() -> Pipe:

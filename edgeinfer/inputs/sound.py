@@ -69,11 +69,12 @@ def decode_samples(data: bytes, encoding: str, channels: int) -> np.ndarray:
 def read_header(file: BinaryIO, name: str) -> WavHeader:
     """The format and the place of the samples; `file` is then at the first one. Raises InputError."""
     start = _exactly(file, 12, name)
-    if start[:4] != b"RIFF" or start[8:] != b"WAVE":
+    if start[:4] not in (b"RIFF", b"RF64") or start[8:] != b"WAVE":
         raise InputError(
             f"{name} is not a WAV file: expected RIFF...WAVE, found {start[:4]!r}...{start[8:]!r}."
         )
     form: SoundFormat | None = None
+    long_size: int | None = None  # of the samples, where 32 bits do not hold it (EBU Tech 3306)
     offset = 12
     while True:
         kind, size = struct.unpack("<4sI", _exactly(file, 8, name))
@@ -83,11 +84,14 @@ def read_header(file: BinaryIO, name: str) -> WavHeader:
                 raise InputError(
                     f"{name} is not a WAV file that can be read: its samples come before their format."
                 )
-            return WavHeader(form, offset, size, name)
-        if size > 1 << 24 and kind == b"fmt ":
+            is_long = long_size is not None and size == 0xFFFFFFFF
+            return WavHeader(form, offset, long_size if is_long else size, name)
+        if size > 1 << 24 and kind in (b"fmt ", b"ds64"):
             raise InputError(f"{name} is not a WAV file that can be read: its format takes {size:,} bytes.")
         if kind == b"fmt ":
             form = _format(_exactly(file, size + size % 2, name), name)
+        elif kind == b"ds64" and size >= 16:
+            long_size = struct.unpack_from("<Q", _exactly(file, size + size % 2, name), 8)[0]
         else:
             _skip(file, size + size % 2, name)
         offset += size + size % 2

@@ -21,6 +21,16 @@ from edgeinfer.onnx.wire import BYTES, VARINT, Field, WireError, encode, encode_
 LARGE_BYTES = 16 << 10  # tensors from this size on are left in the file
 MOST_DEPTH = 60  # graphs within graphs; protobuf itself stops at 100 messages
 
+#: What files that are no model often start with, and what to do about each.
+_NO_MODELS = (
+    (
+        b"version https://git-lfs",
+        "It is a Git LFS pointer, not the model: fetch the model with `git lfs pull`.",
+    ),
+    (b"<", "It looks like a web page, perhaps an error page saved by a download: download the model again."),
+    (b"GGUF", "It is a GGUF model: streams and --input are for ONNX models."),
+)
+
 #: Of each message the fields that lead to tensors: number -> what is in it.
 _INSIDE = {
     "model": {7: "graph"},
@@ -78,9 +88,10 @@ def read_onnx(path: str | os.PathLike, data_of: str | os.PathLike | None = None)
             data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
             return _Reader(path, data, Path(data_of or path)).read()
     except WireError as error:
+        start = bytes(data[:64])
+        hint = next((hint for magic, hint in _NO_MODELS if start.startswith(magic)), "Download it again.")
         raise ModelFileError(
-            f"{path} is not an ONNX model, or is damaged: found {error}. Expected a protobuf message. "
-            "Download it again."
+            f"{path} is not an ONNX model, or is damaged: found {error}. Expected a protobuf message. {hint}"
         ) from error
     except IsADirectoryError:
         raise ModelFileError(f"{path} is a folder: expected an .onnx file.") from None

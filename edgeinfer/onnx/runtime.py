@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,6 +11,8 @@ import onnxruntime as ort
 
 from edgeinfer.errors import EdgeInferError, EngineError, ModelFileError
 
+#: What was loaded, which the message says already, and where in ONNX Runtime's own source that failed.
+_NOISE = re.compile(r"^Load model from .*? failed: ?|/onnxruntime_src/\S+ [^()]*\([^()]*\) ")
 _FATAL_ONLY = 4  # errors are raised, so they need no line on standard error
 
 
@@ -35,8 +38,8 @@ def explained(path: str | os.PathLike, kind: type[EdgeInferError] = EngineError)
 
 
 def _words(error: Exception) -> str:
-    """ "[ONNXRuntimeError] : 1 : FAIL : Load model from x failed: why" -> "Load model from x failed: why"."""
+    """ "[ONNXRuntimeError] : 1 : FAIL : Load model from x failed: why" -> "why"."""
     text = " ".join(str(error).split())
     if text.startswith("[ONNXRuntimeError]"):
         text = text.split(" : ", 3)[-1]
-    return text[:1000]
+    return _NOISE.sub("", text)[:1000]

@@ -33,10 +33,12 @@ def probabilities(scores: np.ndarray, activation: str | None) -> np.ndarray:
     already."""
     scores = scores.astype(np.float64)
     if activation == "sigmoid":
-        return 1 / (1 + np.exp(-scores))
+        return 1 / (1 + np.exp(-np.clip(scores, -500, 500)))
     if activation == "none" or (activation is None and _sums_to_one(scores)):
         return scores
-    powers = np.exp(scores - np.nanmax(scores))
+    if not np.isfinite(scores).all():  # what is broken stays visible: it has no probabilities
+        return np.full_like(scores, np.nan)
+    powers = np.exp(scores - scores.max(initial=0.0))
     return powers / powers.sum()
 
 

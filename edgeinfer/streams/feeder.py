@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,11 +26,18 @@ class Feeder:
     """Iterates over the pieces of `source`, which its own thread takes as they come.
 
     Where computing is late and `depth` pieces wait, `late` says what happens: "wait" (the source waits),
-    "drop-oldest" or "drop-newest". An error of the source is raised where its piece would have been. Use it
-    as a context manager.
+    "drop-oldest" or "drop-newest". `seconds_of`: the length of a piece; while a source has given more than
+    the time that went by, it is not live (a file in a pipe, or what piled up before the start) and waits
+    instead. An error of the source is raised where its piece would have been. Use it as a context manager.
     """
 
-    def __init__(self, source: Iterable[Any], late: str = "wait", depth: int = 8):
+    def __init__(
+        self,
+        source: Iterable[Any],
+        late: str = "wait",
+        depth: int = 8,
+        seconds_of: Callable[[Any], float] | None = None,
+    ):
         if late not in LATE_RULES:
             raise ValueError(f"expected late to be one of {', '.join(LATE_RULES)}, got {late!r}")
         if depth < 1:
@@ -38,6 +45,8 @@ class Feeder:
         self._source = source
         self._late = late
         self._depth = depth
+        self._seconds_of = seconds_of
+        self._lasts_until: float | None = None  # when a live source would have given all that came
         self._queue: deque[tuple[Any, float, int]] = deque()
         self._changed = threading.Condition()
         self._done = self._stopped = False
@@ -70,8 +79,12 @@ class Feeder:
     def _put(self, data: Any) -> bool:
         arrival = time.perf_counter()
         with self._changed:
-            while self._late == "wait" and len(self._queue) >= self._depth and not self._stopped:
-                self._changed.wait()
+            self._note_length(data, arrival)
+            while len(self._queue) >= self._depth and not self._stopped:
+                patience = self._patience()
+                if patience is not None and patience <= 0:
+                    break
+                self._changed.wait(patience)
             if self._stopped:
                 return False
             self.taken += 1
@@ -93,6 +106,18 @@ class Feeder:
             self._missed_last = 0
             self._changed.notify_all()
         return True
+
+    def _note_length(self, data: Any, arrival: float) -> None:
+        if self._seconds_of is not None:
+            length = self._seconds_of(data)
+            before = arrival - length if self._lasts_until is None else self._lasts_until
+            self._lasts_until = before + length
+
+    def _patience(self) -> float | None:
+        """Seconds that the source can wait for a place in the queue; None: as long as it takes."""
+        if self._late == "wait":
+            return None
+        return 0.0 if self._lasts_until is None else self._lasts_until - time.perf_counter()
 
     def __iter__(self) -> Iterator[Piece]:
         while pieces := self._take(1):

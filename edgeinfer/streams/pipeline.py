@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from edgeinfer.errors import InputError
-from edgeinfer.forms import GateRule, find_form, read_form
+from edgeinfer.forms import Form, GateRule, find_form, read_form
 from edgeinfer.outputs.reading import Finding, Reader
 from edgeinfer.streams.description import GateDescription, StageDescription, check_order
 from edgeinfer.streams.gate import Gate
@@ -201,13 +201,13 @@ class Pipeline:
 def open_pipeline(
     stages: Sequence[StageDescription],
     *,
-    rate: int | None = None,
+    rate: Callable[[], int | None] = lambda: None,
     memory: int | str | None = None,
     threads: int | None = None,
     provider: str | None = None,
     say: Callable[[str], None] | None = None,
 ) -> Pipeline:
-    """Open the models of `stages`, in order. `rate`: that of the sound, for models that take several. See
+    """Open the models of `stages`, in order. `rate`: gives that of the sound, for models that take several. See
     edgeinfer.engines.onnx.open_onnx for the options; models that are small compute on one thread unless
     `threads` says otherwise. Raises ModelFileError, BudgetError, InputError."""
     from edgeinfer.engines.onnx import open_onnx
@@ -223,11 +223,18 @@ def open_pipeline(
             model = opened.enter_context(open_onnx(stage.model, say=say, **options))
             form = read_form(stage.form) if stage.form else find_form(model.inputs, model.outputs)
             reader = Reader(model, form, Path(stage.model))
-            wish = rate if form and form.framing and form.framing.takes(rate) else None
-            made.append((stage, ModelStream(model, form, stage.state, wish), reader))
+            made.append((stage, ModelStream(model, form, stage.state, _wish(form, rate)), reader))
         pipeline = Pipeline(made)
         opened.pop_all()
         return pipeline
+
+
+def _wish(form: Form | None, rate: Callable[[], int | None]) -> int | None:
+    """The rate that a model is asked to compute at, where it takes several and that of the sound is one."""
+    if form is None or form.framing is None or not form.framing.rates:
+        return None
+    offered = rate()
+    return offered if form.framing.takes(offered) else None
 
 
 def _threads(path: Path) -> int | None:

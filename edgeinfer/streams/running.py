@@ -23,16 +23,18 @@ def run_pipeline(
     late: str = "wait",
     depth: int = 8,
     live: bool = False,
+    seconds_of: Callable[[Any], float] | None = None,
 ) -> StreamReport:
     """Feed `source` to `pipeline`, give the steps to `consume`, and say how it went.
 
-    `live`: latency counts from when a piece came, not from when computing began. Ctrl-C ends the stream as
-    its end does, and is raised again when everything is done, with the report as its argument.
+    `late`, `depth`, `seconds_of`: see edgeinfer.streams.feeder.Feeder. `live`: latency counts from when a piece
+    came, not from when computing began. Ctrl-C ends the stream as its end does, and is raised again when
+    everything is done, with the report as its argument.
     """
     latencies: list[float] = []
     taken = 0
     interrupted: KeyboardInterrupt | None = None
-    with Feeder(source, late=late, depth=depth) as feeder:
+    with Feeder(source, late=late, depth=depth, seconds_of=seconds_of) as feeder:
         try:
             for piece in feeder:
                 began = piece.arrival if live else time.perf_counter()

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
 from edgeinfer.errors import InputError
-from edgeinfer.inputs.files import kind_of, open_input, standard_input
+from edgeinfer.inputs.files import Pipe, kind_of, open_input, standard_input
 from edgeinfer.inputs.sound import (
     BYTES_OF,
     SoundFormat,
+    WavHeader,
     check_rate,
     decode_samples,
     read_header,
@@ -25,13 +27,16 @@ from edgeinfer.onnx.ports import Port
 PIECE_SECONDS = 0.032  # of a live stream; what is not live is read in larger pieces, which cost less
 FAST_PIECE_SECONDS = 0.256
 _ENDLESS = 0x7FFFF000  # what programs that write a WAV file into a pipe say of its length
+_PIPED = "standard input"
 _PICTURES = (".png", ".jpg", ".jpeg")
 
 
-def wav_source(path: str, rate: int, piece: int, resample: bool) -> Iterator[np.ndarray]:
+def wav_source(
+    path: str, rate: int, piece: int, resample: bool, open_file: Callable[[str], BinaryIO] = open_input
+) -> Iterator[np.ndarray]:
     """The samples of a WAV file, `piece` at a time. The header is checked now, the samples as they are
     read."""
-    file = open_input(path)
+    file = open_file(path)
     try:
         if kind_of(file) != "sound":
             raise InputError(
@@ -42,7 +47,10 @@ def wav_source(path: str, rate: int, piece: int, resample: bool) -> Iterator[np.
     except BaseException:
         file.close()
         raise
-    pieces = read_pieces(file, header, max(1, piece * header.format.rate // rate))
+    samples = max(1, piece * header.format.rate // rate)
+    unknown = header.nbytes >= _ENDLESS and header.nbytes > file.seek(0, 2) - header.offset
+    file.seek(header.offset)
+    pieces = _raw_pieces(file, header.format, samples, path) if unknown else read_pieces(file, header, samples)
     if change:
         pieces = resampled(pieces, header.format.rate, rate)
     return _closing(pieces, file)
@@ -62,21 +70,41 @@ def _closing(pieces: Iterable[np.ndarray], file: BinaryIO) -> Iterator[np.ndarra
         yield from pieces
 
 
-def piped_sound_source(raw: str | None, rate: int, piece: int, resample: bool) -> Iterator[np.ndarray]:
+class PipedSound:
     """Sound from standard input as it comes: a WAV file, or samples that `raw` describes (see `parse_raw`;
-    None: 16 bits at the model's rate). InputError where it ends in the middle of a sample."""
-    pipe, name = standard_input(), "standard input"
-    header = None
-    if raw is None and pipe.peek(4) == b"RIFF":
-        header = read_header(pipe, name)
-    form = header.format if header else parse_raw(raw or "s16", rate)
-    change = check_rate(form.rate, rate, "Standard input", resample)
-    samples = max(1, piece * form.rate // rate)
-    if header and 0 < header.nbytes < _ENDLESS:
-        pieces = read_pieces(pipe, header, samples)
-    else:
-        pieces = _raw_pieces(pipe, form, samples, name)
-    return resampled(pieces, form.rate, rate) if change else pieces
+    None: 16 bits at the model's rate)."""
+
+    def __init__(self, raw: str | None):
+        self._pipe: Pipe = standard_input()
+        self._raw = raw
+
+    @cached_property
+    def _header(self) -> WavHeader | None:
+        """Waits for the first bytes, unless `raw` was given."""
+        if self._raw is None and self._pipe.peek(4) in (b"RIFF", b"RF64"):
+            return read_header(self._pipe, _PIPED)
+        return None
+
+    @property
+    def rate(self) -> int | None:
+        """Samples a second, where it is stated. Raises InputError."""
+        if self._header is not None:
+            return self._header.format.rate
+        is_stated = (self._raw or "").split(":")[1:2] not in ([], [""])
+        return parse_raw(self._raw, 1).rate if is_stated else None
+
+    def pieces(self, rate: int, piece: int, resample: bool) -> Iterator[np.ndarray]:
+        """`piece` samples at `rate` at a time. Raises InputError, also where it ends in the middle of a
+        sample."""
+        header = self._header
+        form = header.format if header else parse_raw(self._raw or "s16", rate)
+        change = check_rate(form.rate, rate, "Standard input", resample)
+        samples = max(1, piece * form.rate // rate)
+        if header and 0 < header.nbytes < _ENDLESS:
+            pieces = read_pieces(self._pipe, header, samples)
+        else:
+            pieces = _raw_pieces(self._pipe, form, samples, _PIPED)
+        return resampled(pieces, form.rate, rate) if change else pieces
 
 
 def _raw_pieces(file: BinaryIO, form: SoundFormat, samples: int, name: str) -> Iterator[np.ndarray]:
@@ -84,15 +112,15 @@ def _raw_pieces(file: BinaryIO, form: SoundFormat, samples: int, name: str) -> I
         yield decode_samples(data, form.encoding, form.channels)
 
 
-def offered_rate(source: str) -> int | None:
+def offered_rate(source: str, open_file: Callable[[str], BinaryIO] = open_input) -> int | None:
     """Samples a second of a WAV file; None for anything else."""
-    if source == "-" or not Path(source).is_file():
+    if source != "-" and not Path(source).is_file():
         return None
-    with open_input(source) as file:
+    with open_file(source) as file:
         return read_header(file, source).format.rate if kind_of(file) == "sound" else None
 
 
-def frame_source(port: Port, name: str = "standard input") -> Iterator[np.ndarray]:
+def frame_source(port: Port, name: str = _PIPED) -> Iterator[np.ndarray]:
     """Frames of the input's type and shape, one behind the other, from standard input."""
     shape = tuple(
         1 if not isinstance(size, int) and axis == 0 else size for axis, size in enumerate(port.shape)

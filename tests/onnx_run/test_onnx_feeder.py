@@ -58,6 +58,27 @@ def test_what_was_dropped_is_known_where_it_was():
     assert [piece.missed for piece in first] == [0, 0] and last.missed == 4 * 3
 
 
+@pytest.mark.parametrize("late", ["drop-oldest", "drop-newest"])
+def test_what_comes_faster_than_real_time_waits(late):
+    """A file in a pipe, or what a microphone gave before the model was loaded."""
+    with Feeder(numbered(40), late=late, depth=3, seconds_of=lambda piece: 5.0) as feeder:
+        time.sleep(0.05)
+        pieces = list(feeder)
+    assert [piece.data[0] for piece in pieces] == list(range(40)) and feeder.dropped == 0
+
+
+def test_a_live_source_does_not_wait():
+    def live():
+        for piece in numbered(10):
+            time.sleep(0.01)
+            yield piece
+
+    with Feeder(live(), late="drop-oldest", depth=3, seconds_of=lambda piece: 0.01) as feeder:
+        wait_until(lambda: feeder.taken == 10)  # nobody computes
+        kept = [piece.data[0] for piece in feeder]
+    assert kept == [7, 8, 9] and feeder.dropped == 7
+
+
 def test_an_error_of_the_source_comes_behind_its_pieces():
     def source():
         yield from numbered(2)

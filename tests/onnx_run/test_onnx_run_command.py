@@ -117,6 +117,105 @@ def test_outputs_equal_a_bare_session(tmp_path):
         np.testing.assert_array_equal(found["logits"], bare_session(model).run(None, arrays)[0])
 
 
+def test_a_sound_from_standard_input(tmp_path):
+    sound = AUDIO / "jfk.wav"
+    vad = MODELS / "silero_vad.onnx"
+    assert run(vad, "--input", sound, "-o", tmp_path / "file.npz").returncode == 0
+    data = sound.read_bytes()
+    at = data.index(b"data") + 4
+    endless = data[:at] + b"\xff\xff\xff\xff" + data[at + 4 :]  # as ffmpeg writes into a pipe
+    for number, (name, given) in enumerate((("-", data), ("input=-", data), ("-", endless))):
+        out = tmp_path / f"{number}.npz"
+        result = run(vad, "--input", name, "-o", out, input=given)
+        assert result.returncode == 0, result.stderr.decode()
+        with np.load(tmp_path / "file.npz") as one, np.load(out) as two:
+            np.testing.assert_array_equal(one["output"], two["output"])
+
+
+def test_an_array_from_standard_input_for_a_model_of_sounds(tmp_path):
+    frame = np.random.default_rng(0).standard_normal((1, 576)).astype(np.float32)
+    np.save(tmp_path / "frame.npy", frame)
+    vad, out = MODELS / "silero_vad.onnx", tmp_path / "o.npz"
+    result = run(vad, "--input", "-", "-o", out, input=(tmp_path / "frame.npy").read_bytes())
+    assert result.returncode == 0, result.stderr.decode()
+    feeds = {"input": frame, "state": np.zeros((2, 1, 128), np.float32), "sr": np.array(16000)}
+    with np.load(out) as found:
+        np.testing.assert_array_equal(found["output"], bare_session(vad).run(["output"], feeds)[0])
+
+
+def test_one_array_needs_no_name_and_any_order_of_bytes(tmp_path):
+    pixels = np.random.default_rng(0).standard_normal((1, 3, 224, 224)).astype(np.float32)
+    np.savez(tmp_path / "one.npz", whatever=pixels)
+    np.save(tmp_path / "big.npy", pixels.astype(">f4"))
+    model = MODELS / "resnet-tiny-beans.onnx"
+    wanted = bare_session(model).run(None, {"pixel_values": pixels})[0]
+    for name in ("one.npz", "big.npy"):
+        assert run(model, "--input", tmp_path / name, "-o", tmp_path / "o.npz", "--force").returncode == 0
+        with np.load(tmp_path / "o.npz") as found:
+            np.testing.assert_allclose(found["logits"], wanted, rtol=1e-5)
+
+
+def test_boxes_want_their_picture(tmp_path):
+    """An array tells nothing about the picture it was: its outputs are shown, not "No boxes found"."""
+    np.save(tmp_path / "in.npy", np.zeros((1, 3, 352, 352), np.float32))
+    model = MODELS / "FastestDet.onnx"
+    shown = run(model, "--input", tmp_path / "in.npy")
+    assert shown.returncode == 0 and shown.stdout.decode().startswith("758: float32 1 x 85 x 22 x 22")
+    drawn = run(model, "--input", tmp_path / "in.npy", "-o", tmp_path / "o.png")
+    assert "drawn on the picture that was given, and none was" in error_of(drawn)
+    Image.new("RGB", (64, 64)).save(tmp_path / "black.png")
+    nothing = run(model, "--input", tmp_path / "black.png", "-o", tmp_path / "o.png")
+    assert nothing.stdout.decode().strip() == "No boxes found." and (tmp_path / "o.png").exists()
+
+
+def test_what_was_not_shown_of_a_batch_is_said(tmp_path):
+    np.save(tmp_path / "in.npy", np.zeros((2, 3, 224, 224), np.float32))
+    result = run(MODELS / "resnet-tiny-beans.onnx", "--input", tmp_path / "in.npy")
+    assert "the first of 2 of a batch" in result.stderr.decode()
+
+
+@pytest.mark.filterwarnings("error")
+def test_broken_numbers_are_shown_without_a_warning(tmp_path):
+    np.save(tmp_path / "in.npy", np.full((1, 3, 224, 224), np.nan, np.float32))
+    result = run(MODELS / "resnet-tiny-beans.onnx", "--input", tmp_path / "in.npy")
+    assert result.returncode == 0 and result.stdout.decode().count("nan%") == 3
+    assert "Warning" not in result.stderr.decode()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"\x14S\x8e\xf4" * 100, "is not an ONNX model, or is damaged"),
+        (b"hello world\n", "is not an ONNX model, or is damaged"),
+        (b"<!DOCTYPE html><html>404</html>", "looks like a web page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\n", "git lfs pull"),
+        (b"", "is empty: expected an ONNX model"),
+    ],
+)
+@pytest.mark.parametrize("name", ["run", "plan", "inspect"])
+def test_what_is_named_onnx_and_is_none(tmp_path, content, words, name):
+    (tmp_path / "m.onnx").write_bytes(content)
+    more = ["--input", "x.npy"] if name == "run" else []
+    assert words in error_of(command(name, tmp_path / "m.onnx", *more))
+
+
+def test_an_operator_that_is_not_there_is_named_without_noise(tmp_path):
+    model = save_model(
+        tmp_path / "m.onnx", [helper.make_node("Abs", ["x"], ["y"])], [("x", np.float32, [1])],
+        [("y", np.float32, [1])],
+    )  # fmt: skip
+    model.write_bytes(model.read_bytes().replace(b"Abs", b"Foo"))
+    words = error_of(run(model, "--input", "x=1"))
+    assert "No Op registered for Foo" in words and "Load model from" not in words
+
+
+def test_onnxruntime_reports_nothing_and_leaves_nothing_behind(tmp_path):
+    environment = {"PATH": "", "XDG_CACHE_HOME": str(tmp_path / "cache"), "HOME": str(tmp_path)}
+    result = run(MODELS / "FastestDet.onnx", "--input", IMAGES / "dog.jpg", env=environment)
+    assert result.returncode == 0, result.stderr.decode()
+    assert not list(tmp_path.rglob("*"))
+
+
 def test_inputs_of_one_npz_numbers_and_state(tmp_path):
     model = MODELS / "silero_vad.onnx"
     arrays = {"input": np.random.default_rng(0).standard_normal((1, 288)).astype(np.float32)}

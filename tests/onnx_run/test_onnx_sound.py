@@ -47,6 +47,15 @@ def test_every_encoding(tag, bits, extensible):
     np.testing.assert_allclose(samples, VALUES, atol=1 / 100 if bits == 8 else 1e-4)
 
 
+def test_long_recordings(tmp_path):
+    """RF64 says the bytes of its samples in 64 bits, in a chunk of its own (EBU Tech 3306)."""
+    long = struct.pack("<4sIQQQI", b"ds64", 28, 0, 2 * len(VALUES), len(VALUES), 0)
+    plain = wav_bytes(1, 16, encoded(1, 16), size=0xFFFFFFFF)
+    data = b"RF64" + b"\xff" * 4 + b"WAVE" + long + plain[12:] + b"LIST\x04\0\0\0abcd"
+    samples, _ = read_wav(io.BytesIO(data), "x.wav")
+    np.testing.assert_allclose(samples, VALUES, atol=1e-4)
+
+
 def test_channels_are_mixed_as_the_standard_library_reads_them():
     stereo = np.random.default_rng(0).integers(-30000, 30000, (50, 2)).astype("<i2")
     file = io.BytesIO()

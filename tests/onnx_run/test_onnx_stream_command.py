@@ -118,6 +118,22 @@ def test_a_model_of_several_rates_takes_that_of_the_sound(tmp_path):
         np.testing.assert_array_equal(one["output"], two["output"])
 
 
+@pytest.mark.parametrize("raw", [[], ["--raw", "s16:8000"]])
+def test_a_pipe_faster_than_real_time_loses_nothing_and_says_its_rate(tmp_path, raw):
+    """`cat talk.wav | edgeinfer stream ...`: no rule for late pieces is given, and none is late."""
+    half = write_wav(tmp_path / "8k.wav", read_wav(AUDIO / "jfk.wav")[::2], 8000)
+    data = half.read_bytes()
+    assert stream(VAD, "-i", half, "-o", tmp_path / "file.npz").returncode == 0
+    result = stream(
+        VAD, "-i", "-", *raw, "--json", "-o", tmp_path / "pipe.npz", input=data[44:] if raw else data
+    )
+    assert result.returncode == 0, result.stderr.decode()
+    report = json.loads(result.stdout)
+    assert report["dropped"] == 0 and report["seconds"] == pytest.approx(11)
+    with np.load(tmp_path / "file.npz") as one, np.load(tmp_path / "pipe.npz") as two:
+        np.testing.assert_array_equal(one["output"], two["output"])
+
+
 def test_lines_of_json(tmp_path):
     assert stream(VAD, "-i", AUDIO / "jfk.wav", "-o", tmp_path / "o.jsonl").returncode == 0
     found = lines_of(tmp_path / "o.jsonl")
