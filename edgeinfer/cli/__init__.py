@@ -1,7 +1,7 @@
 """The command `edgeinfer`: one module a command, imported only when it is used.
 
 Exit codes: 0 done (also when the reader of a pipe has seen enough), 1 an error that edgeinfer explains,
-2 a command line that cannot be read, 130 stopped by Ctrl-C.
+2 a command line that cannot be read, 130 stopped by Ctrl-C, 143 or 129 by SIGTERM or SIGHUP.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import TextIO
 import click
 
 from edgeinfer import __version__
+from edgeinfer.cli.termination import Terminated
 from edgeinfer.errors import EdgeInferError
 
 #: Name -> what the list of commands says, so that showing the list imports none of them.
@@ -63,6 +64,8 @@ class _Commands(click.Group):
             return result
         except EdgeInferError as error:
             raise click.ClickException(str(error)) from error
+        except Terminated as stop:
+            ctx.exit(128 + stop.number)
         except KeyboardInterrupt:
             click.echo(err=True)
             ctx.exit(130)

@@ -14,6 +14,7 @@ import click
 
 from edgeinfer.budget import format_size, parse_size
 from edgeinfer.cli.progress import ProgressLine
+from edgeinfer.cli.termination import termination_interrupts
 from edgeinfer.errors import ExportError
 
 _AUTO = "auto"
@@ -63,6 +64,7 @@ class Job:
 @click.option("--memory", metavar="SIZE", help="Stay within 2GiB, 1500M, 50% ... Writing takes some 200 MiB.")
 @click.option("--force", is_flag=True, help="Replace OUT if it is there.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@termination_interrupts()
 def export(
     source: str,
     target: str,

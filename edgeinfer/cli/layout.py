@@ -8,6 +8,7 @@ import click
 
 from edgeinfer.budget import parse_size
 from edgeinfer.cli.progress import ProgressLine
+from edgeinfer.cli.termination import termination_interrupts
 
 
 @click.command(
@@ -25,6 +26,7 @@ from edgeinfer.cli.progress import ProgressLine
 )
 @click.option("--force", is_flag=True, help="Replace OUT if it is there.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@termination_interrupts()
 def layout(model: str, output: str, memory: str | None, no_merge: bool, force: bool, as_json: bool) -> None:
     """Rewrite the GGUF file MODEL so that it streams well; the parts of a split model become one file.
 

@@ -13,6 +13,7 @@ import click
 
 from edgeinfer.budget import format_size, parse_size
 from edgeinfer.cli.progress import ProgressLine
+from edgeinfer.cli.termination import termination_interrupts
 from edgeinfer.errors import ExportError
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ class Job:
 @click.option("--memory", metavar="SIZE", help="Compute within 2GiB, 50% ... Default: what is free now.")
 @click.option("--force", is_flag=True, help="Replace what is there.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object with all numbers.")
+@termination_interrupts()
 def quantize(
     model: str,
     target: str,
