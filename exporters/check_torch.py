@@ -64,7 +64,7 @@ class TorchModel:
         """Token ids with those that the tokenizer adds; None where the folder has no tokenizer."""
         if not any((self.folder / name).is_file() for name in _TOKENIZER_FILES):
             return None
-        with _quiet(self._transformers), self._explained("the tokenizer of"):
+        with _quiet(self._transformers), self._explained("open the tokenizer of"):
             tokenizer = self._transformers.AutoTokenizer.from_pretrained(
                 str(self.folder), local_files_only=True, trust_remote_code=False
             )
@@ -85,7 +85,7 @@ class TorchModel:
             )
         options = {"dtype": self._torch.float32, "attn_implementation": "eager", "output_loading_info": True}
         safe = {"local_files_only": True, "trust_remote_code": False, "use_safetensors": True}
-        with _quiet(self._transformers), self._explained("the weights of"):
+        with _quiet(self._transformers), self._explained("open the weights of"):
             model, info = self._class(headless).from_pretrained(str(self.folder), **options, **safe)
         if missing := sorted(info.get("missing_keys", ())):
             shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
@@ -120,7 +120,7 @@ class TorchModel:
 
     def outputs(self, tokens: Sequence[int]) -> dict[str, np.ndarray]:
         """Every output that is a tensor, float32, by its name."""
-        with self._torch.inference_mode():
+        with self._torch.inference_mode(), self._explained("compute with the weights of"):
             found = self._model(self._torch.tensor([list(tokens)]))
         tensors = {name: value for name, value in found.items() if isinstance(value, self._torch.Tensor)}
         return {name: value.float().numpy() for name, value in tensors.items()}
@@ -167,7 +167,7 @@ class TorchModel:
             raise
         except Exception as error:
             words = " ".join(str(error).split())[:400] or type(error).__name__
-            raise ExportError(f"transformers cannot open {what} {self.folder}: {words}") from error
+            raise ExportError(f"transformers cannot {what} {self.folder}: {words}") from error
 
 
 def _table_gelu(torch: Any, x: Any) -> Any:

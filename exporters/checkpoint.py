@@ -126,7 +126,7 @@ def _weight_map(path: Path) -> dict[str, str]:
     if not isinstance(place, dict) or not place:
         raise ModelFileError(f"{path}: has no 'weight_map' of tensors. Download it again.")
     for tensor, shard in place.items():
-        if not isinstance(shard, str) or Path(shard).name != shard or shard in ("", ".", ".."):
+        if not isinstance(shard, str) or not _is_file_name(shard):
             raise ModelFileError(
                 f"{path}: places tensor {tensor!r} in {str(shard)[:80]!r}, expected the name of a file in "
                 "this folder."
@@ -134,6 +134,10 @@ def _weight_map(path: Path) -> dict[str, str]:
         if not shard.endswith(".safetensors"):
             raise ModelFileError(f"{path}: names the shard {shard!r}, expected *.safetensors.")
     return place
+
+
+def _is_file_name(text: str) -> bool:
+    return Path(text).name == text and text not in ("", ".", "..") and "\0" not in text and len(text) <= 255
 
 
 def _more(names: list[str]) -> str:

@@ -52,6 +52,11 @@ def _check(rule: Mapping[str, Any], values: Mapping[str, Any]) -> None:
             return
         expected = " or ".join(repr(value) for value in rule["values"])
         message = f"{rule['key']} is {str(found)[:60]!r}, expected {expected}"
+    elif "at_most" in rule:
+        fewer, more = (count(side, values) for side in rule["at_most"])
+        if fewer <= more:
+            return
+        message = f"{rule['at_most'][0]} is {fewer}, expected at most {rule['at_most'][1]}, which is {more}"
     else:
         left, right = (evaluate(side, values) for side in rule["equal"])
         if left == right:
@@ -76,8 +81,8 @@ def _value(rule: Any, values: Mapping[str, Any]) -> Any:
     if "sliding_layers" in rule:
         return sliding_layers(values, rule["sliding_layers"])
     found = evaluate(rule["float"], values)
-    if found is None:
-        return rule.get("null")
+    if found is None and "null" in rule:
+        return rule["null"]
     if type(found) not in (int, float) or not abs(found) < _LARGEST_FLOAT32:
         raise ExportError(f"config.json: {rule['float']!r} must be a number, found {str(found)[:60]!r}.")
     return float(found)

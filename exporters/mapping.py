@@ -6,11 +6,11 @@
     text_config  true where the language model's config may lie one level down
     defaults     config key -> what transformers takes where it is absent: a value, or "=EXPRESSION" of other
                  keys (also where it is null)
-    require      what must hold because llama.cpp has nothing else: {"key", "values"} or {"equal":
+    require      what must hold because llama.cpp has nothing else: {"key", "values"}, {"equal" or "at_most":
                  [EXPRESSION, EXPRESSION]}, with "why", and "layers" or "other_layers" where it holds for that
                  number of layers, or for others
     metadata     GGUF key without the architecture's name -> a count (EXPRESSION), {"float": KEY}, also with
-                 "null": what stands for null (without it the key is left out), or {"sliding_layers":
+                 "null": what stands for null ("null": null leaves the key out), or {"sliding_layers":
                  EXPRESSION}: which layers slide, by layer_types or every one but each EXPRESSIONth
     rope         the fields of rope.RopeRules
     full_attention  true where llama.cpp knows no sliding window: a note says what that changes
@@ -26,7 +26,8 @@
       add             is added to each element
       type            "F32" for what is never stored in less; tensors of one dimension never are
       optional        true where it may be absent
-      tied            where the output matrix is the token embedding: "omit" it, or "copy" token_embd.weight
+      tied            where the output matrix is the token embedding: "omit" it, or "copy" token_embd.weight;
+                      "only": omit it, and it is never another one
 
 EXPRESSIONs are those of expressions.py over the config's keys.
 """
@@ -45,7 +46,7 @@ from edgeinfer.exporters.expressions import names_in
 from edgeinfer.exporters.rope import RopeRules
 
 FOLDER = Path(__file__).parent / "architectures"
-_REQUIRE_KEYS = {"key", "values", "equal", "why", "layers", "other_layers"}
+_REQUIRE_KEYS = {"key", "values", "equal", "at_most", "why", "layers", "other_layers"}
 _METADATA_KEYS = {"float", "null", "sliding_layers"}
 _SOURCE_KEYS = {"fused", "half"}
 
@@ -134,7 +135,7 @@ def parse_mapping(name: str, data: Mapping[str, Any]) -> ArchitectureMapping:
     _known(name, data, {item.name for item in fields(ArchitectureMapping)} - {"name"})
     for rule in data.get("require", []):
         _known(f"{name}: require", rule, _REQUIRE_KEYS)
-        _readable(*rule.get("equal", []), rule.get("key", 1))
+        _readable(*rule.get("equal", []), *rule.get("at_most", []), rule.get("key", 1))
     for key, value in data.get("metadata", {}).items():
         if isinstance(value, dict):
             _known(f"{name}: {key}", value, _METADATA_KEYS)
@@ -162,8 +163,8 @@ def _tensor_rule(where: str, data: Mapping[str, Any]) -> TensorRule:
     _known(where, data, _TENSOR_KEYS)
     found = data["from"] if isinstance(data["from"], list) else [data["from"]]
     _readable(*data["shape"], *data.get("as", []), data.get("permute_heads", 1))
-    if data.get("tied") not in (None, "omit", "copy") or data.get("type") not in (None, "F32"):
-        raise ValueError(f"{where}: 'tied' must be omit or copy, 'type' F32")
+    if data.get("tied") not in (None, "omit", "copy", "only") or data.get("type") not in (None, "F32"):
+        raise ValueError(f"{where}: 'tied' must be omit, copy or only, 'type' F32")
     return TensorRule(
         name=data["name"],
         sources=tuple(_source(where, source) for source in found),

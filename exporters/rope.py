@@ -17,6 +17,7 @@ from edgeinfer.errors import ExportError
 from edgeinfer.exporters.expressions import count
 
 TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
+_SMALLEST, _LARGEST = 1e-30, 1e30  # what is computed from such numbers fits into float32 too
 _DEFAULT_BETA = {"beta_fast": 32.0, "beta_slow": 1.0}  # what llama.cpp computes with
 
 
@@ -121,9 +122,10 @@ def _dimension(config: Mapping[str, Any], main: Mapping[str, Any], rules: RopeRu
 def _number(parameters: Mapping[str, Any], key: str, default: float | None = None) -> float:
     value = parameters.get(key)
     value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not _SMALLEST < value < _LARGEST:
         raise ExportError(
-            f"config.json: the rope parameter {key!r} must be a number above 0, found {value!r}."
+            f"config.json: the rope parameter {key!r} must be a number above 0 that float32 can hold, found "
+            f"{str(value)[:60]}."
         )
     return float(value)
 
@@ -136,7 +138,10 @@ def _original_context(main: Mapping[str, Any], config: Mapping[str, Any]) -> int
         (config, "max_position_embeddings"),
     ):
         if holder.get(key) is not None:
-            return int(_number(holder, key))
+            length = int(_number(holder, key))
+            if not 1 < length < 1 << 32:
+                raise ExportError(f"config.json: {key!r} must be a count of tokens from 2, found {length}.")
+            return length
     raise ExportError("config.json: has no 'max_position_embeddings'.")
 
 
@@ -221,7 +226,7 @@ def _longrope(rope: Rope, main: Mapping[str, Any], config: Mapping[str, Any], di
     for length in ("long", "short"):
         factors = main.get(f"{length}_factor")
         numbers = isinstance(factors, list) and all(
-            type(value) in (int, float) and 0 < value < math.inf for value in factors
+            type(value) in (int, float) and _SMALLEST < value < _LARGEST for value in factors
         )
         if not numbers or len(factors) != dimension // 2:
             found = f"{len(factors)} values" if isinstance(factors, list) else repr(factors)

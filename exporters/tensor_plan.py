@@ -14,6 +14,7 @@ from edgeinfer.exporters.checkpoint import Checkpoint
 from edgeinfer.exporters.expressions import count
 from edgeinfer.exporters.mapping import ArchitectureMapping, Source, TensorRule
 from edgeinfer.exporters.safetensors_file import TensorRecord
+from edgeinfer.exporters.same_values import same_values
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 EMBEDDING = "token_embd.weight"
@@ -53,10 +54,13 @@ class PlannedTensor:
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """All tensors in the order of their use; `dropped`: how many of the checkpoint's are left out."""
+    """All tensors in the order of their use; `dropped`: how many of the checkpoint's are left out. `untied`:
+    config.json ties the output matrix to the token embedding, but the checkpoint holds another one.
+    """
 
     tensors: tuple[PlannedTensor, ...]
     dropped: int
+    untied: bool = False
 
 
 def plan_tensors(
@@ -78,7 +82,7 @@ def plan_tensors(
     tensors[1:1] = [
         PlannedTensor(name, array.shape, keep_float=True, values=array) for name, array in made.items()
     ]
-    return TensorPlan(tuple(tensors), len(checkpoint.tensors) - len(records))
+    return TensorPlan(tuple(tensors), len(checkpoint.tensors) - len(records), matcher.untied)
 
 
 def _renamed(mapping: ArchitectureMapping, records: Mapping[str, TensorRecord]) -> dict[str, TensorRecord]:
@@ -126,6 +130,7 @@ class _Matcher:
         self._missing: list[str] = []
         self._tied = bool(values.get("tie_word_embeddings"))
         self._embedding: PlannedTensor | None = None
+        self.untied = False
 
     def bounded(self, expression: str | int) -> int:
         """A count of layers or experts, each of which has a tensor at least."""
@@ -139,7 +144,7 @@ class _Matcher:
 
     def match(self, rule: TensorRule, layer: int | None) -> Iterator[PlannedTensor]:
         """The tensor that `rule` asks for, or none where it is absent."""
-        if rule.tied and self._tied:
+        if rule.tied and self._tied and not self._holds_another(rule):
             yield from self._tied_output(rule)
             return
         names = {} if layer is None else {"layer": str(layer)}
@@ -161,6 +166,19 @@ class _Matcher:
         if tensor.name == EMBEDDING:
             self._embedding = tensor
         yield tensor
+
+    def _holds_another(self, rule: TensorRule) -> bool:
+        """Whether the checkpoint has an output matrix of its own, which then counts, as in transformers 5."""
+        stored = next((self._records[source.name] for source in rule.sources if self._has(source, {})), None)
+        if stored is None or self._embedding is None:
+            return False
+        self.untied = not same_values(stored, self._embedding.pieces[0].record)
+        if self.untied and rule.tied == "only":
+            raise ExportError(
+                f"{stored.path}: tensor {stored.name!r} is not the token embedding, to which config.json ties "
+                "it; llama.cpp has no other output matrix in this architecture."
+            )
+        return self.untied
 
     def _tied_output(self, rule: TensorRule) -> Iterator[PlannedTensor]:
         for source in rule.sources:
@@ -236,4 +254,5 @@ def _tensors(names: list[str]) -> str:
 
 def _list(names: list[str]) -> str:
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
+    # the names are somebody else's: none may write control characters to the terminal
+    return ", ".join(name if name.isprintable() else repr(name) for name in names[:_SHOWN]) + more

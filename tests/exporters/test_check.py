@@ -187,6 +187,12 @@ def test_rounded_weights_that_are_wrong(exported, tmp_path, type, name, change):
     assert not report.passed and f"that rounding to {type} explains" in report.failure
 
 
+def test_experts_whose_weights_are_off_by_a_fifth(exported, tmp_path):
+    source, result = exported("qwen3moe", "BF16")
+    wrong = changed(result, tmp_path / "wrong.gguf", "blk.1.ffn_down_exps.weight", lambda values: values * 1.2)
+    assert check(source, result).passed and not check(source, wrong).passed
+
+
 def test_experts_in_the_wrong_order(exported, tmp_path):
     source, result = exported("qwen3moe", "BF16")
 

@@ -164,6 +164,8 @@ def test_links_to_the_weights_are_followed_as_in_a_download_cache(tmp_path):
         ({"a": "../one.safetensors"}, "'../one.safetensors', expected the name of a file in this folder"),
         ({"a": "/etc/passwd"}, "'/etc/passwd', expected the name of a file"),
         ({"a": 3}, "expected the name of a file"),
+        ({"a": "a" * 300 + ".safetensors"}, "expected the name of a file"),
+        ({"a": "one\0.safetensors"}, "expected the name of a file"),
         ({"a": "config.json"}, r"expected \*.safetensors"),
         ({}, "no 'weight_map'"),
         ([], "no 'weight_map'"),

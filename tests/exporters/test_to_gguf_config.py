@@ -57,7 +57,7 @@ def test_defaults_are_transformers(name):
         ),
         ({"tensors": [{"name": "a", "from": "b", "shape": ["2*"]}]}, "cannot read the expression"),
         ({"tensors": [{"name": "a", "from": {"fused": "b", "half": 2}, "shape": [1]}]}, "half of 0 or 1"),
-        ({"tensors": [{"name": "a", "from": "b", "shape": [1], "tied": "x"}]}, "must be omit or copy"),
+        ({"tensors": [{"name": "a", "from": "b", "shape": [1], "tied": "x"}]}, "must be omit, copy or only"),
         ({"metadata": {"x": {"double": "y"}}}, "x: unknown keys double"),
         ({"require": [{"key": "x", "value": 1}]}, "require: unknown keys value"),
         ({"rope": {"types": ["default"], "base": 1}}, "rope: unknown keys base"),
@@ -189,6 +189,29 @@ def test_unknown_architectures_get_the_known_ones(config):
         ("llama", {"num_hidden_layers": -1}, "must be a whole number from 1, found '-1'"),
         ("llama", {"num_hidden_layers": 2.5}, "must be a whole number from 1"),
         ("llama", {"rms_norm_eps": "x"}, "'rms_norm_eps' must be a number"),
+        ("llama", {"rms_norm_eps": None}, "'rms_norm_eps' must be a number, found 'None'"),
+        ("llama", {"rope_theta": 1e300}, "'rope_theta' must be a number above 0 that float32 can hold"),
+        ("llama", {"rope_scaling": {"type": "linear", "factor": 1e39}}, "'factor' must be a number .* 1e.39"),
+        (
+            "llama",
+            {"rope_scaling": {"type": "yarn", "original_max_position_embeddings": 1e20}},
+            "'original_max_position_embeddings' must be a count of tokens from 2",
+        ),
+        (
+            "llama",
+            {"rope_scaling": {"type": "longrope", **LONG, "original_max_position_embeddings": 1}},
+            "must be a count of tokens from 2, found 1",
+        ),
+        (
+            "llama",
+            {"rope_scaling": {"type": "longrope", **LONG, "long_factor": [1e39] * 8}},
+            "long_factor of longrope must be 8 numbers above 0",
+        ),
+        (
+            "olmoe",
+            {"num_experts": 4, "num_experts_per_tok": 8},
+            "num_experts_per_tok is 8, expected at most num_experts, which is 4",
+        ),
         (
             "llama",
             {"rope_scaling": {"type": "ntk"}},
