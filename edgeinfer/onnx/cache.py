@@ -2,17 +2,19 @@
 
 An entry is a folder. It is made beside its place and renamed, under a lock, so that a crash leaves nothing
 that looks done and two processes do not make the same one. Who uses an entry holds a shared lock on it, so it
-is not removed.
+is not removed. A seal in it tells whether its files are as they were made; one that is damaged is made again.
 """
 
 from __future__ import annotations
 
 import fcntl
+import hashlib
+import json
 import os
+import secrets
 import shutil
-import time
-from collections.abc import Callable
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from edgeinfer.budget import format_size
@@ -20,9 +22,10 @@ from edgeinfer.errors import EngineError
 from edgeinfer.remembered import cache_folder
 
 MANIFEST = "manifest.json"
+SEAL = "seal.json"
+SEALED_BYTES = 1 << 20  # files up to this size are read and compared at each use, larger ones by their size
 MOST_BYTES = 64 << 30
 MOST_SHARE = 0.2  # of the disk
-_ABANDONED_SECONDS = 86400
 _SPARE = 0.05  # of what an entry needs
 
 
@@ -33,7 +36,8 @@ class Entry:
         self.folder = folder
         self._lock: int | None = os.open(folder / MANIFEST, os.O_RDONLY | os.O_CLOEXEC)
         fcntl.flock(self._lock, fcntl.LOCK_SH)
-        if os.fstat(self._lock).st_nlink == 0:  # removed between the two
+        # removed between the two, or damaged
+        if os.fstat(self._lock).st_nlink == 0 or not _is_sealed(folder):
             self.close()
             raise FileNotFoundError(folder)
         os.utime(folder / MANIFEST)  # used now: others go first
@@ -72,7 +76,7 @@ def find_or_make(key: str, needed_bytes: int, make: Callable[[Path], None]) -> E
         return found
     try:
         root().mkdir(parents=True, exist_ok=True)
-        with _locked(root() / f"{key}.lock"):
+        with _making(key):
             found = find(key)  # another process may have made it meanwhile
             if found is not None:
                 return found
@@ -86,11 +90,14 @@ def find_or_make(key: str, needed_bytes: int, make: Callable[[Path], None]) -> E
 
 
 def _make(key: str, make: Callable[[Path], None]) -> Entry:
-    place, beside = root() / key, root() / f"{key}.part"
-    shutil.rmtree(beside, ignore_errors=True)  # of one that crashed: the lock is ours
+    for left in root().glob(f"{key}.*.part"):  # of one that crashed: the lock is ours
+        shutil.rmtree(left, ignore_errors=True)
+    # A name of its own: a child of one that was killed may still write into the other for a moment.
+    place, beside = root() / key, root() / f"{key}.{secrets.token_hex(4)}.part"
     beside.mkdir()
     try:
         make(beside)
+        (beside / SEAL).write_text(json.dumps(_seal(beside)))
         for path in beside.iterdir():
             _flush(path)
         shutil.rmtree(place, ignore_errors=True)  # without a manifest, so no entry
@@ -126,7 +133,7 @@ def make_room(needed_bytes: int) -> None:
 def remove(folder: Path) -> bool:
     """Remove an entry, unless somebody uses it."""
     try:
-        with _locked(folder / MANIFEST, wait=False):
+        with _unused(folder / MANIFEST):
             (folder / MANIFEST).unlink()  # first: what is left of the rest is no entry
             shutil.rmtree(folder, ignore_errors=True)
             return True
@@ -135,7 +142,8 @@ def remove(folder: Path) -> bool:
 
 
 def _entries() -> list[tuple[float, int, Path]]:
-    """(when it was used last, bytes, folder) of each. What a crash left is removed once it is old."""
+    """(when it was used last, bytes, folder) of each. What a crash left is removed, unless somebody makes
+    it."""
     found = []
     for folder in root().iterdir():
         try:
@@ -144,9 +152,29 @@ def _entries() -> list[tuple[float, int, Path]]:
                 continue
         except OSError:
             pass
-        if folder.is_dir() and time.time() - folder.stat().st_mtime > _ABANDONED_SECONDS:
-            shutil.rmtree(folder, ignore_errors=True)
+        if folder.is_dir():
+            with suppress(OSError), _making(folder.name.partition(".")[0], wait=False):
+                shutil.rmtree(folder, ignore_errors=True)
     return found
+
+
+def _seal(folder: Path) -> dict[str, list]:
+    """{file: [bytes, SHA-256 of a small one, None of a large one]}"""
+    sealed = {}
+    for path in sorted(folder.iterdir()):
+        if path.name != SEAL:
+            size = path.stat().st_size
+            digest = hashlib.sha256(path.read_bytes()).hexdigest() if size <= SEALED_BYTES else None
+            sealed[path.name] = [size, digest]
+    return sealed
+
+
+def _is_sealed(folder: Path) -> bool:
+    """Whether the files of an entry are those that were made."""
+    try:
+        return json.loads((folder / SEAL).read_text()) == _seal(folder)
+    except (OSError, ValueError):
+        return False
 
 
 def folder_bytes(folder: Path) -> int:
@@ -154,10 +182,32 @@ def folder_bytes(folder: Path) -> int:
 
 
 @contextmanager
-def _locked(path: Path, wait: bool = True):
-    handle = os.open(path, os.O_RDWR | (os.O_CREAT if wait else 0) | os.O_CLOEXEC, 0o644)
+def _making(key: str, wait: bool = True) -> Iterator[None]:
+    """Inside, nobody else makes the entry of this key. The file of the lock goes with the lock."""
+    path = root() / f"{key}.lock"
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            if os.fstat(handle).st_nlink:  # else it went with its lock while this one waited
+                break
+        except BaseException:
+            os.close(handle)
+            raise
+        os.close(handle)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(handle)
+
+
+@contextmanager
+def _unused(path: Path) -> Iterator[None]:
+    """Inside, nobody uses the entry of this manifest. OSError where somebody does."""
+    handle = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     finally:
         os.close(handle)

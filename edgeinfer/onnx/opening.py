@@ -131,13 +131,19 @@ def _maker(
     file: OnnxFile, stage_bytes: int, budget: int, progress: Progress, say: Say | None
 ) -> Callable[[Path], None]:
     def make(folder: Path) -> None:
+        held = process_memory().rss_bytes
+        if held >= budget:  # nothing is prepared for minutes that cannot run then
+            raise BudgetError(
+                f"The budget of {format_size(budget)} is too small for this model: the process alone holds "
+                f"{format_size(held)}. Raise --memory."
+            )
         if say:
             size = format_size(int(file.weights_bytes * 2.1))
             say(
                 f"Preparing {file.path.name} for this processor, once. It takes about {size} in "
                 f"{folder.parent}."
             )
-        prepare_in_child(file.path, folder, stage_bytes, budget - process_memory().rss_bytes, progress)
+        prepare_in_child(file.path, folder, stage_bytes, budget - held, progress)
 
     return make
 

@@ -11,8 +11,9 @@ from made_encoders import Encoder, encoder_file, tokens
 from onnx import TensorProto, helper, numpy_helper
 from onnx_references import assert_same, stock_outputs
 
+from edgeinfer.budget import process_memory
 from edgeinfer.engines.onnx import open_onnx
-from edgeinfer.errors import EdgeInferError, ModelFileError
+from edgeinfer.errors import BudgetError, EdgeInferError, ModelFileError
 from edgeinfer.onnx.graph import read_onnx
 from edgeinfer.onnx.wire import encode
 
@@ -170,8 +171,17 @@ def test_nothing_is_left_in_the_cache_after_a_failure(tmp_path, cache):
     weight = numpy_helper.from_array(np.zeros((5000, 5000), np.float32), "weight")
     path = save_product(tmp_path, weight, "com.nobody", "Product")
     with pytest.raises(ModelFileError, match="Product"):
-        open_onnx(path, memory="150MiB")
-    assert not [entry for entry in (cache / "edgeinfer" / "onnx").iterdir() if entry.is_dir()]
+        open_onnx(path, memory=process_memory().rss_bytes + (50 << 20))
+    assert not list((cache / "edgeinfer" / "onnx").iterdir())
+
+
+def test_nothing_is_prepared_for_a_budget_that_the_process_fills(tmp_path, cache):
+    pytest.importorskip("edgeinfer._native", reason="needs the C extension")
+    weight = numpy_helper.from_array(np.zeros((64, 64), np.float32), "weight")
+    path = save_product(tmp_path, weight, "", "MatMul")
+    with pytest.raises(BudgetError, match="too small for this model: the process alone holds .* --memory"):
+        open_onnx(path, memory="10MiB")
+    assert not list((cache / "edgeinfer" / "onnx").iterdir())
 
 
 def test_damaged_files_never_escape(encoder):
