@@ -76,7 +76,7 @@ def run_onnx(request: OnnxRequest) -> None:
         if part is None or kind is not None:
             click.echo(_text(result, kind, findings))
         if kind is not None and result.batch > 1:
-            click.echo(f"Shown is the first of {result.batch} of a batch; -o OUT.npz has all outputs.", err=True)
+            click.echo(f"Shown is the first of a batch of {result.batch}; -o OUT.npz has all outputs.", err=True)
         click.echo(_closing_line(model, result), err=True)
 
 

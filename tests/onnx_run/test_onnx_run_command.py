@@ -171,7 +171,7 @@ def test_boxes_want_their_picture(tmp_path):
 def test_what_was_not_shown_of_a_batch_is_said(tmp_path):
     np.save(tmp_path / "in.npy", np.zeros((2, 3, 224, 224), np.float32))
     result = run(MODELS / "resnet-tiny-beans.onnx", "--input", tmp_path / "in.npy")
-    assert "the first of 2 of a batch" in result.stderr.decode()
+    assert "the first of a batch of 2" in result.stderr.decode()
 
 
 @pytest.mark.filterwarnings("error")
