@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
 from onnxruntime import OrtValue
 
-from edgeinfer.budget import format_size
+from edgeinfer.budget import Ledger, default_budget, format_size, parse_size
 from edgeinfer.engines.kv_cache import GrowingCache, SharedCache, cache_bytes
 from edgeinfer.engines.onnx import OnnxModel, OnnxStatistics, open_onnx
 from edgeinfer.engines.sampling import LogitsSampler
 from edgeinfer.engines.text_vocabulary import TextVocabulary
 from edgeinfer.errors import BudgetError, EngineError, ModelFileError
-from edgeinfer.onnx.graph import read_onnx
-from edgeinfer.onnx.ports import Port
+from edgeinfer.onnx.graph import OnnxFile, read_onnx
+from edgeinfer.onnx.plan import OnnxPlan
+from edgeinfer.onnx.ports import Port, stored_ports
 from edgeinfer.streams.state import find_state
 
 DEFAULT_CONTEXT = 4096
 _LOGITS_BYTES = 32 << 20  # of one batch of a prompt
+_LEAST_BATCH = 32  # tokens of a prompt that are computed together, at least
+_BATCH_SHARE = 8  # of the budget, for what a batch computes with
 _KNOWN = ("input_ids", "attention_mask", "position_ids")
 _LAST_ONLY = (
     "num_logits_to_keep"  # an input with a default, of files that edgeinfer and onnxruntime-genai export
@@ -48,68 +51,105 @@ def is_decoder_file(path: str | os.PathLike) -> bool:
     return (Path(path).parent / "tokenizer.json").is_file() and can_write(read_onnx(path).inputs)
 
 
-class DecoderEngine:
-    """A decoder, its one sequence of tokens, and its KV cache. `logits`: [vocabulary], of the last token."""
+@dataclass(frozen=True)
+class DecoderPorts:
+    """What a decoder takes and gives. `pairs`: {past: present}; `others`: its inputs besides `caches`."""
 
-    def __init__(
-        self, path: Path, model: OnnxModel, in_place: bool, context_length: int | None, started: float
-    ):
-        self._model = model
-        self._session = model.session
-        if self._session is None:
-            raise EngineError(
-                f"{path} does not fit the budget in one piece, and its KV cache can only be bound in one "
-                "session. "
-                "Raise --memory."
-            )
-        self.plan = model.plan
-        self._pairs = find_state(model.inputs, model.outputs, {})
-        self._inputs = [port for port in model.inputs if port.name not in self._pairs]
-        self._check_inputs(path)
-        self._logits = next((port for port in model.outputs if port.name == "logits"), model.outputs[0])
-        size = self._logits.shape[-1]
-        self.model = TextVocabulary(path, size if isinstance(size, int) else None, model.metadata)
-        trained = self.model.train_context or DEFAULT_CONTEXT
-        self.context_length = context_length or min(trained, DEFAULT_CONTEXT)
-        caches = [port for port in model.inputs if port.name in self._pairs]
-        self._check_budget(caches)
-        self._cache = (
-            SharedCache(caches, self._pairs, self.context_length)
-            if in_place
-            else GrowingCache(caches, self._pairs)
-        )
-        self.in_place = in_place
-        self._last_only = _LAST_ONLY in [each.name for each in self._session.get_overridable_initializers()]
-        self._one = OrtValue.ortvalue_from_numpy(np.array(1))
-        row = 4 * (size if isinstance(size, int) else 32768)
-        self.ubatch = 512 if self._last_only else max(1, min(512, _LOGITS_BYTES // row))
-        self.position = 0
-        self.logits = np.zeros(0, np.float32)
-        self._load_seconds = time.perf_counter() - started
+    caches: tuple[Port, ...]
+    pairs: Mapping[str, str]
+    others: tuple[Port, ...]
+    logits: Port
 
-    def _check_inputs(self, path: Path) -> None:
-        unknown = [port for port in self._inputs if port.name not in _KNOWN]
-        if unknown or not self._pairs:
+    @classmethod
+    def read(cls, file: OnnxFile) -> DecoderPorts:
+        """ModelFileError for what is no decoder."""
+        inputs, outputs = stored_ports(file.inputs), stored_ports(file.outputs)
+        pairs = find_state(inputs, outputs, {})
+        caches = tuple(port for port in inputs if port.name in pairs)
+        others = tuple(port for port in inputs if port.name not in pairs)
+        unknown = [port for port in others if port.name not in _KNOWN]
+        if unknown or not pairs:
             found = (
                 ", ".join(f"{port.name} ({port.describe()})" for port in unknown)
                 or "no cache that comes out again"
             )
             raise ModelFileError(
-                f"{path} is not a decoder that can be run: expected {', '.join(_KNOWN)} and pairs of past "
-                "and present, "
-                f"found {found}."
+                f"{file.path} is not a decoder that can be run: expected {', '.join(_KNOWN)} and pairs of past "
+                f"and present, found {found}."
             )
+        logits = next((port for port in outputs if port.name == "logits"), outputs[0])
+        return cls(caches, pairs, others, logits)
 
-    def _check_budget(self, caches: Sequence[Port]) -> None:
-        needed = cache_bytes(caches, self.context_length)
-        if self.plan.ledger.total + needed > self.plan.budget_bytes:
-            raise BudgetError(
-                f"The KV cache of {self.context_length:,} tokens takes {format_size(needed)}, and the model "
-                f"{format_size(self.plan.ledger.total)}: more than the budget of "
-                f"{format_size(self.plan.budget_bytes)}. "
-                "Give a smaller --ctx, or raise --memory.",
-                self.plan.ledger.total + needed,
-            )
+    @property
+    def vocabulary_size(self) -> int | None:
+        size = self.logits.shape[-1]
+        return size if isinstance(size, int) else None
+
+
+class DecoderEngine:
+    """A decoder, its one sequence of tokens, and its KV cache. `logits`: [vocabulary], of the last token.
+
+    `model` has a budget that leaves `cache_bytes` for the cache; `in_place`: its attention writes into it.
+    """
+
+    def __init__(
+        self,
+        model: OnnxModel,
+        ports: DecoderPorts,
+        vocabulary: TextVocabulary,
+        context_length: int,
+        in_place: bool,
+        started: float,
+    ):
+        self._model = model
+        self._ports = ports
+        self.model = vocabulary
+        self.context_length = context_length
+        self._cache_bytes = cache_bytes(ports.caches, context_length)
+        self._cache = (
+            SharedCache(ports.caches, ports.pairs, context_length)
+            if in_place
+            else GrowingCache(ports.caches, ports.pairs)
+        )
+        self.in_place = in_place
+        self._last_only = _LAST_ONLY in model.defaults
+        self._one = OrtValue.ortvalue_from_numpy(np.array(1))
+        row = 4 * (ports.vocabulary_size or 32768)
+        self.ubatch = 512 if self._last_only else max(1, min(512, _LOGITS_BYTES // row))
+        self.position = 0
+        self.logits = np.zeros(0, np.float32)
+        self._make_room()
+        self._load_seconds = time.perf_counter() - started
+
+    def _make_room(self) -> None:
+        """Learn what batches of a prompt take at the end of the context, where they take most, so that none is
+        a surprise. The larger they are, the seldomer weights are read for a prompt, and the fewer can stay.
+        """
+        if self.mode != "streaming":
+            return
+        most = min(self.ubatch, self.context_length)
+        self.ubatch = min(_LEAST_BATCH, most)
+        taken = self._make_room_for(self.ubatch)
+        while self.ubatch < most and 2 * taken <= self._model.plan.budget_bytes // _BATCH_SHARE:
+            try:
+                taken = self._make_room_for(min(2 * self.ubatch, most))
+            except BudgetError:
+                break
+            self.ubatch = min(2 * self.ubatch, most)
+        self._cache.clear()
+
+    def _make_room_for(self, count: int) -> int:
+        start = self.context_length - count
+        self._cache.clear(start)
+        passes = [self._inputs([0] * length, start) for length in (count, 1)]
+        return self._model.make_room(passes, self._outputs())
+
+    @property
+    def plan(self) -> OnnxPlan:
+        """How the model is run; its budget and ledger are those of model and cache."""
+        plan = self._model.plan
+        ledger = Ledger({**plan.ledger.entries, "kv_cache": self._cache_bytes})
+        return replace(plan, budget_bytes=plan.budget_bytes + self._cache_bytes, ledger=ledger)
 
     @property
     def mode(self) -> str:
@@ -148,29 +188,28 @@ class DecoderEngine:
         end = self.position + len(tokens)
         if end > self.context_length:
             raise EngineError(f"The context of {self.context_length:,} tokens is full.")
+        results = self._model.run_values(self._inputs(tokens, self.position), self._outputs())
+        self.logits = results[self._ports.logits.name].numpy()[0, -1].copy()  # not a view of what is bound
+        self._cache.take(results)
+        self.position = end
+
+    def _inputs(self, tokens: Sequence[int], position: int) -> dict[str, OrtValue]:
+        """What the model reads for `tokens` from `position` on: the cache where it lies."""
+        end = position + len(tokens)
         feeds = {
             "input_ids": np.array([tokens]),
             "attention_mask": np.ones((1, end)),
-            "position_ids": np.arange(self.position, end)[None],
+            "position_ids": np.arange(position, end)[None],
         }
-        binding = self._session.io_binding()
-        for port in self._inputs:
-            binding.bind_cpu_input(port.name, feeds[port.name].astype(port.dtype))
-        if self._last_only:
-            binding.bind_ortvalue_input(_LAST_ONLY, self._one)
-        binding.bind_output(self._logits.name)
-        self._cache.bind(binding)
-        try:
-            self._session.run_with_iobinding(binding)
-        except Exception as error:
-            raise EngineError(
-                f"ONNX Runtime could not run the decoder: {' '.join(str(error).split())[:500]}"
-            ) from error
-        names = [self._logits.name, *self._pairs.values()]
-        results = dict(zip(names, binding.get_outputs()))
-        self.logits = results[self._logits.name].numpy()[0, -1].copy()  # not a view of what is bound
-        self._cache.take(results)
-        self.position = end
+        values = {
+            port.name: OrtValue.ortvalue_from_numpy(feeds[port.name].astype(port.dtype))
+            for port in self._ports.others
+        }
+        last = {_LAST_ONLY: self._one} if self._last_only else {}
+        return {**values, **last, **self._cache.inputs()}
+
+    def _outputs(self) -> dict[str, OrtValue | None]:
+        return {self._ports.logits.name: None, **self._cache.outputs()}
 
     def sample(self, sampler: LogitsSampler) -> int:
         """The token that follows the sequence."""
@@ -186,10 +225,10 @@ class DecoderEngine:
     def statistics(self) -> DecoderStatistics:
         counters = self._model.statistics()
         values = {field.name: getattr(counters, field.name) for field in fields(counters)}
+        values["budget_bytes"] += self._cache_bytes
         return DecoderStatistics(**{**values, "load_seconds": self._load_seconds})
 
     def close(self) -> None:
-        self._session = None
         self._model.close()
 
 
@@ -206,10 +245,31 @@ def open_decoder(
     BudgetError, InputError, EngineError.
     """
     started = time.perf_counter()
-    operators = {name for _, name in read_onnx(path).operators}
-    model = open_onnx(path, memory=memory, threads=threads, progress=progress)
+    file = read_onnx(path)
+    ports = DecoderPorts.read(file)
+    vocabulary = TextVocabulary(Path(path), ports.vocabulary_size, file.metadata)
+    context = context_length or min(vocabulary.train_context or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
+    cache = cache_bytes(ports.caches, context)
+    budget = default_budget() if memory is None else memory if isinstance(memory, int) else parse_size(memory)
     try:
-        return DecoderEngine(Path(path), model, "GroupQueryAttention" in operators, context_length, started)
+        model = open_onnx(path, memory=max(0, budget - cache), threads=threads, progress=progress)
+    except BudgetError as error:
+        raise _too_small(budget, context, cache, error.smallest_bytes) from error
+    try:
+        if model.plan.ledger.total > model.plan.budget_bytes:  # where nothing can be streamed
+            raise _too_small(budget, context, cache, model.plan.ledger.total)
+        in_place = any(name == "GroupQueryAttention" for _, name in file.operators)
+        return DecoderEngine(model, ports, vocabulary, context, in_place, started)
     except BaseException:
         model.close()
         raise
+
+
+def _too_small(budget: int, context: int, cache: int, needed: int | None) -> BudgetError:
+    """`needed`: bytes of the model, at least."""
+    rest = f", and the model {format_size(needed)} at least" if needed else ""
+    return BudgetError(
+        f"The KV cache of {context:,} tokens takes {format_size(cache)}{rest}: more than the budget of "
+        f"{format_size(budget)}. Give a smaller --ctx, or raise --memory.",
+        smallest_bytes=cache + needed if needed else None,
+    )

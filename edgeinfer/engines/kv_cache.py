@@ -48,16 +48,20 @@ class GrowingCache:
         self._pairs = pairs
         self.clear()
 
-    def clear(self) -> None:
+    def clear(self, length: int = 0) -> None:
+        """A cache of `length` tokens, zeros."""
         self._values = {
-            name: ort.OrtValue.ortvalue_from_numpy(np.zeros(cache_shape(port, 0), port.dtype))
+            name: ort.OrtValue.ortvalue_from_numpy(np.zeros(cache_shape(port, length), port.dtype))
             for name, port in self._ports.items()
         }
 
-    def bind(self, binding: ort.IOBinding) -> None:
-        for name, value in self._values.items():
-            binding.bind_ortvalue_input(name, value)
-            binding.bind_output(self._pairs[name])
+    def inputs(self) -> dict[str, ort.OrtValue]:
+        """What a run reads."""
+        return dict(self._values)
+
+    def outputs(self) -> dict[str, ort.OrtValue | None]:
+        """Where a run writes; None: into values that it makes."""
+        return dict.fromkeys(self._pairs[name] for name in self._values)
 
     def take(self, results: Mapping[str, ort.OrtValue]) -> None:
         """After a run that succeeded."""
@@ -85,10 +89,16 @@ class SharedCache:
             for port in ports
         }
 
-    def bind(self, binding: ort.IOBinding) -> None:
-        for name, value in self._values.items():
-            binding.bind_ortvalue_input(name, value)
-            binding.bind_ortvalue_output(self._pairs[name], value)
+    def clear(self, length: int = 0) -> None:
+        """Rows behind the position are not read."""
+
+    def inputs(self) -> dict[str, ort.OrtValue]:
+        """What a run reads."""
+        return dict(self._values)
+
+    def outputs(self) -> dict[str, ort.OrtValue]:
+        """Where a run writes: the same."""
+        return {self._pairs[name]: value for name, value in self._values.items()}
 
     def take(self, results: Mapping[str, ort.OrtValue]) -> None:
         """They are where they belong."""

@@ -21,8 +21,9 @@ from edgeinfer.onnx.ports import Port, check_feeds
 from edgeinfer.onnx.stock import StockModel
 
 if TYPE_CHECKING:
-    from onnxruntime import InferenceSession
+    from onnxruntime import InferenceSession, OrtValue
 
+    from edgeinfer.onnx.staged import StagedModel
     from edgeinfer.streams.model_stream import ModelStream
 
 __all__ = ["OnnxModel", "OnnxPlan", "OnnxStatistics", "Port", "open_onnx"]
@@ -85,14 +86,52 @@ class OnnxModel:
         arrays = check_feeds(self.inputs, feeds)
         wanted = self._wanted(outputs)
         with self._running:
-            if self._runner is None:
-                raise EngineError("The model is closed. Open it again.")
-            self._peak = max(
-                self._peak, process_memory().peak_rss_bytes
-            )  # a pass that is measured starts it anew
-            results = self._runner.run(arrays, wanted)
+            runner = self._opened()
+            self._note_peak()
+            results = runner.run(arrays, wanted)
             self._passes += 1
         return results
+
+    def run_values(
+        self, inputs: Mapping[str, OrtValue], outputs: Mapping[str, OrtValue | None]
+    ) -> dict[str, OrtValue]:
+        """The `outputs` by name, for inputs that are read where they lie: nothing is checked or copied.
+
+        An output is written into the value that is given for it (which may be an input too, where the operators
+        allow it), or into a new one, None. Inputs that have a default (`defaults`) may be left out. Raises what
+        `run` raises.
+        """
+        with self._running:
+            runner = self._opened()
+            self._note_peak()
+            results = runner.run_values(inputs, outputs)
+            self._passes += 1
+        return results
+
+    def make_room(
+        self, passes: Sequence[Mapping[str, OrtValue]], outputs: Mapping[str, OrtValue | None]
+    ) -> int:
+        """See to it that passes with these inputs, the largest first, and smaller ones fit the budget; gives the
+        bytes that they take besides weights. BudgetError where they do not fit. What is in bound values may
+        change.
+        """
+        with self._running:
+            self._note_peak()
+            return self._opened().make_room(passes, outputs)
+
+    @property
+    def defaults(self) -> frozenset[str]:
+        """Names of inputs that have a value where none is given; `inputs` does not list them."""
+        return self._opened().defaults
+
+    def _note_peak(self) -> None:
+        """A pass that is measured starts the peak anew."""
+        self._peak = max(self._peak, process_memory().peak_rss_bytes)
+
+    def _opened(self) -> StockModel | StagedModel:
+        if self._runner is None:
+            raise EngineError("The model is closed. Open it again.")
+        return self._runner
 
     @property
     def session(self) -> InferenceSession | None:

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import onnx
 
-NARROW = (
-    4  # tensors handed over at a good cut; a residual stream is one, attention masks and the like are others
-)
+# Tensors handed over at a good cut: a residual stream is one; cosines, sines, lengths and masks are others, two
+# kinds of each in models with two kinds of layers.
+NARROW = 8
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,12 @@ def make_port(name: str, kind: str, shape: Sequence[object]) -> Port:
     return Port(name, dtype, type_name, sizes)
 
 
+def stored_ports(ports: Sequence[tuple[str, str, Sequence[object]]]) -> list[Port]:
+    """Of OnnxFile's (name, type, shape), as they are before a session is made."""
+    words = {type_name: word for word, type_name in _TYPES.items()}
+    return [make_port(name, f"tensor({words.get(kind, kind)})", shape) for name, kind, shape in ports]
+
+
 def check_feeds(ports: Sequence[Port], feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The feeds as C-ordered arrays. InputError, with what was expected and found, where they do not fit
     the inputs.

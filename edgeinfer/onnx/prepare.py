@@ -18,6 +18,7 @@ import onnx
 import onnxruntime as ort
 
 from edgeinfer import errors
+from edgeinfer.onnx.aligned_data import align_data
 from edgeinfer.onnx.cut import Graph, choose_cuts, even_cuts
 from edgeinfer.onnx.graph import OnnxFile, read_onnx
 from edgeinfer.onnx.homes import give_back_memory
@@ -80,6 +81,7 @@ def _write(
     take_in(model, folder / _OPTIMIZED)
     with explained(source):
         write_stage(model.SerializeToString(), folder, files, source.parent, optimize_it)
+        align_data(folder / files.model, folder / files.data)
         give_back_memory()
         written = onnx.load(folder / files.model, load_external_data=False)
         _, found = open_stage(folder, files, 1, mapped_ranges(written))

@@ -10,8 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
+from onnxruntime import OrtValue
 
 from edgeinfer.budget import format_size, process_memory, reset_peak
 from edgeinfer.errors import BudgetError, EngineError
@@ -29,6 +32,9 @@ _FIRST_SESSION_BYTES = 8 * _MIB  # code and tables of ONNX Runtime that are touc
 _SESSION_BYTES = _MIB // 4  # of each stage, besides its graph; measured
 
 Shapes = tuple[tuple[int, ...], ...]
+Sizes = Mapping[str, tuple[int, ...]]  # of inputs, by their names
+Compute = Callable[[], dict[str, Any]]
+_NONE: Mapping[str, None] = MappingProxyType({})
 
 
 class StagedModel:
@@ -50,6 +56,7 @@ class StagedModel:
         self._reason = f"{prepared.reason}." if prepared.reason else ""
         self._key = f"{entry.folder.name} {threads}"
         self._armed: OnnxPlan | None = None
+        self._woken = False  # idle weights were looked at after the first pass
         self._activations: dict[Shapes, int] = {}  # what each input that was seen takes, its results too
         blocks = blocks_of(prepared)
         overhead = _expected_overhead(entry.folder, prepared, blocks)
@@ -65,57 +72,82 @@ class StagedModel:
 
     def run(self, feeds: Mapping[str, np.ndarray], wanted: Sequence[str]) -> dict[str, np.ndarray]:
         """The `wanted` outputs by name. BudgetError where the input needs more than the budget leaves."""
-        shapes = tuple(feeds[name].shape for name in sorted(feeds))
-        if any(_covers(known, shapes) for known in self._activations):
-            return self._run(self.plan, feeds, wanted)
-        try:
-            results = self._run_first(shapes, feeds, wanted)
-            self._stages.wake_touched()
-            self.plan = self._plan()
-        except BudgetError:
-            self._activations.pop(shapes, None)  # smaller inputs may still fit
-            raise
-        return results
+        sizes = {name: array.shape for name, array in feeds.items()}
+        return self._pass(sizes, lambda: self._stages.run(feeds, wanted))
 
-    def _run_first(
-        self, shapes: Shapes, feeds: Mapping[str, np.ndarray], wanted: Sequence[str]
-    ) -> dict[str, np.ndarray]:
-        """A pass with inputs that are larger than those before, which tells what they take, unless that is
-        kept.
+    def run_values(
+        self, inputs: Mapping[str, OrtValue], outputs: Mapping[str, OrtValue | None]
+    ) -> dict[str, OrtValue]:
+        """See OnnxModel.run_values."""
+        return self._pass(_sizes(inputs), lambda: self._stages.run_values(inputs, outputs), outputs)
+
+    def make_room(
+        self, passes: Sequence[Mapping[str, OrtValue]], outputs: Mapping[str, OrtValue | None]
+    ) -> int:
+        """See OnnxModel.make_room."""
+
+        def compute() -> dict[str, OrtValue]:
+            results = [self._stages.run_values(inputs, outputs) for inputs in passes]
+            return results[0]
+
+        self._learn(_sizes(passes[0]), compute, outputs)
+        return max(self._activations.values())
+
+    @property
+    def defaults(self) -> frozenset[str]:
+        return self._stages.defaults
+
+    def _pass(self, sizes: Sizes, compute: Compute, bound: Mapping[str, OrtValue | None] = _NONE) -> Any:
+        found = self._learn(sizes, compute, bound)
+        is_new = found is not None or not self._woken
+        if found is None:
+            found = self._run(self.plan, sizes, compute)
+        if is_new:
+            self._woken = True
+            if self._stages.wake_touched():
+                self.plan = self._plan()
+        return found
+
+    def _learn(self, sizes: Sizes, compute: Compute, bound: Mapping[str, OrtValue | None]) -> Any:
+        """Plan for inputs that are larger than those before: what they take is measured, unless that is kept
+        from an earlier time. What `compute` gave, where it was run for that.
         """
-        measured: list[dict[str, np.ndarray]] = []
+        shapes = tuple(sizes[name] for name in sorted(sizes))
+        if any(_covers(known, shapes) for known in self._activations):
+            return None
+        measured: list[Any] = []
 
         def measure() -> int:
-            nbytes, results = self._measure(feeds, wanted)
+            nbytes, results = self._measure(sizes, compute, bound)
             measured.append(results)
             return nbytes
 
         key = f"onnx activations {self._key} {shapes}"
-        self._activations[shapes] = remembered(key, measure, kind=int)
-        if measured:
-            return measured[0]
-        self.plan = self._plan()
-        return self._run(self.plan, feeds, wanted)
+        try:
+            self._activations[shapes] = remembered(key, measure, kind=int)
+            self.plan = self._plan()
+        except BudgetError:
+            self._activations.pop(shapes, None)  # smaller inputs may still fit
+            raise
+        return measured[0] if measured else None
 
-    def _run(
-        self, plan: OnnxPlan, feeds: Mapping[str, np.ndarray], wanted: Sequence[str]
-    ) -> dict[str, np.ndarray]:
+    def _run(self, plan: OnnxPlan, sizes: Sizes, compute: Compute) -> Any:
         if self._armed is not plan:
             self._armed = None
             self._stages.arm(plan)
             self._armed = plan
         try:
-            return self._stages.run(feeds, wanted)
+            return compute()
         except EngineError as error:
             if "Available memory of" in str(error):  # the arena's limit
-                raise self._too_large(feeds) from error
+                raise self._too_large(sizes) from error
             raise
 
     def _measure(
-        self, feeds: Mapping[str, np.ndarray], wanted: Sequence[str]
-    ) -> tuple[int, dict[str, np.ndarray]]:
+        self, sizes: Sizes, compute: Compute, bound: Mapping[str, OrtValue | None]
+    ) -> tuple[int, Any]:
         """(bytes besides weights and what an opened model holds, outputs) of a pass that keeps as little
-        as it can.
+        as it can. Outputs that the caller has memory for, `bound`, are not counted.
 
         The arena holds what earlier passes took, which is therefore added.
         """
@@ -124,15 +156,14 @@ class StagedModel:
         self._stages.disarm()
         before = process_memory().rss_bytes
         reset_peak()
-        results = self._run(plan, feeds, wanted)
+        results = self._run(plan, sizes, compute)
         more = process_memory().peak_rss_bytes - before - (plan.ledger.total - plan.overhead_bytes)
-        kept = sum(
-            array.nbytes for array in results.values()
-        )  # the caller may keep these until the next ones
+        own = [value for name, value in results.items() if bound.get(name) is None]
+        kept = sum(map(_num_bytes, own))  # the caller may keep these until the next ones
         return max(0, more) + kept + max(self._activations.values(), default=0), results
 
-    def _too_large(self, feeds: Mapping[str, np.ndarray]) -> BudgetError:
-        shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in feeds.items())
+    def _too_large(self, sizes: Sizes) -> BudgetError:
+        shapes = ", ".join(f"{name} {list(shape)}" for name, shape in sizes.items())
         return BudgetError(
             f"The budget of {format_size(self._budget)} is too small for this input ({shapes}): what is "
             "computed "
@@ -162,6 +193,14 @@ class StagedModel:
     def close(self) -> None:
         self._stages.close()
         self._entry.close()
+
+
+def _sizes(inputs: Mapping[str, OrtValue]) -> Sizes:
+    return {name: tuple(value.shape()) for name, value in inputs.items()}
+
+
+def _num_bytes(value: np.ndarray | OrtValue) -> int:
+    return value.nbytes if isinstance(value, np.ndarray) else value.numpy().nbytes
 
 
 def _covers(known: Shapes, shapes: Shapes) -> bool:

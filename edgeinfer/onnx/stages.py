@@ -8,6 +8,7 @@ the ring, and its pages are moved to its address for the time of its stage, and 
 from __future__ import annotations
 
 import errno
+import mmap
 import threading
 from collections import abc
 from collections.abc import Callable, Iterator, Sequence
@@ -45,6 +46,7 @@ class Stages:
         self._sessions: list[ort.InferenceSession] = []
         self._homes: dict[str, int] = {}  # of each block: the address where its session wants it
         self._last_use = _last_uses(prepared.stages)
+        self._defaults: list[frozenset[str]] = []  # of each stage: inputs that need not be given
         self._pager: _native.Pager | None = None
         self._ring: _native.Arena | None = None
         self._plan: OnnxPlan | None = None
@@ -71,6 +73,8 @@ class Stages:
         if page_ranges(found) != files.ranges:
             raise StaleEntry(f"stage {number} does not use its prepared weights as it did")
         self._sessions.append(session)
+        self._defaults.append(frozenset(port.name for port in session.get_overridable_initializers()))
+        self._last_use.update(dict.fromkeys(self._defaults[-1], number))
         for index, mapping in enumerate(found):
             block = Block(f"{number}:{index}", number, mapping.offset, mapping.nbytes)
             self._homes[block.name] = mapping.address
@@ -79,6 +83,11 @@ class Stages:
                 self._idle.append(block)
             else:
                 _native.guard_pages(mapping.address, mapping.nbytes)
+
+    @property
+    def defaults(self) -> frozenset[str]:
+        """Inputs of the model that have a value where none is given."""
+        return frozenset().union(*self._defaults)
 
     def wake_touched(self) -> bool:
         """Weights that were thought idle and were read by a pass become blocks like others; True where
@@ -113,6 +122,8 @@ class Stages:
         if not described:
             return
         self._ring = _native.Arena(plan.ring_bytes) if plan.ring_bytes else None
+        if self._ring is not None:  # all of it is there from now on: what a pass takes besides can be measured
+            np.frombuffer(self._ring, np.uint8)[:: mmap.PAGESIZE] = 0
         sources = [(str(self._folder / self._files[stage].data), True) for stage in self._stages_with_data]
         self._pager = self._checked(
             _native.Pager, sources, described, order, self._ring, CHUNK_BYTES, READING_THREADS
@@ -146,22 +157,71 @@ class Stages:
         """The `wanted` outputs. Raises ReadError, EngineError, BudgetError by way of ONNX Runtime's words."""
         values = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in feeds.items()}
         results: dict[str, np.ndarray] = {name: feeds[name].copy() for name in wanted if name in feeds}
+
+        def keep(name: str, value: ort.OrtValue) -> None:
+            if name in wanted:
+                results[name] = value.numpy().copy()  # a view would hold the arena's memory for as long
+
+        self._pass(values, {}, keep)
+        return {name: results[name] for name in wanted}
+
+    def run_values(
+        self, inputs: abc.Mapping[str, ort.OrtValue], outputs: abc.Mapping[str, ort.OrtValue | None]
+    ) -> dict[str, ort.OrtValue]:
+        """The `outputs`, written into the values that are given for them, else into new ones."""
+        results = {name: inputs[name] for name in outputs if name in inputs}
+
+        def keep(name: str, value: ort.OrtValue) -> None:
+            if name in outputs:
+                results[name] = value
+
+        self._pass(dict(inputs), outputs, keep)
+        return results
+
+    def _pass(
+        self,
+        values: dict[str, ort.OrtValue],
+        bound: abc.Mapping[str, ort.OrtValue | None],
+        keep: Callable[[str, ort.OrtValue], None],
+    ) -> None:
+        """Every stage once; `values` is used up, `keep` sees what the stages hand over and give."""
         if self._pager is not None:
             self._checked(self._pager.begin_pass)
         try:
-            for number, (session, files) in enumerate(zip(self._sessions, self._files)):
+            for number, files in enumerate(self._files):
                 with self._brought_in(number, values), explained(self._path):
-                    inputs = {name: values[name] for name in files.inputs}
-                    outputs = session.run_with_ort_values(list(files.outputs), inputs)
-                values.update(zip(files.outputs, outputs))
-                results.update((name, values[name].numpy()) for name in files.outputs if name in wanted)
-                del inputs, outputs
+                    found = self._run_stage(number, values, bound)
+                values.update(found)
+                for name, value in found.items():
+                    keep(name, value)
+                del found
                 for name in [name for name in values if self._last_use.get(name, -1) <= number]:
                     del values[name]
         finally:
             if self._pager is not None:
                 self._checked(self._pager.end_pass)
-        return {name: results[name] for name in wanted}
+
+    def _run_stage(
+        self,
+        number: int,
+        values: abc.Mapping[str, ort.OrtValue],
+        bound: abc.Mapping[str, ort.OrtValue | None],
+    ) -> dict[str, ort.OrtValue]:
+        session, names = self._sessions[number], list(self._files[number].outputs)
+        given = self._defaults[number] & values.keys()
+        inputs = {name: values[name] for name in (*self._files[number].inputs, *given)}
+        if all(bound.get(name) is None for name in names):
+            return dict(zip(names, session.run_with_ort_values(names, inputs)))
+        binding = session.io_binding()
+        for name, value in inputs.items():
+            binding.bind_ortvalue_input(name, value)
+        for name in names:
+            if bound.get(name) is None:
+                binding.bind_output(name)
+            else:
+                binding.bind_ortvalue_output(name, bound[name])
+        session.run_with_iobinding(binding)
+        return dict(zip(names, binding.get_outputs()))
 
     @contextmanager
     def _brought_in(self, number: int, values: abc.Mapping[str, ort.OrtValue]) -> Iterator[None]:

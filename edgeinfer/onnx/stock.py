@@ -38,6 +38,32 @@ class StockModel:
         with explained(self._path):
             return dict(zip(wanted, self.session.run(list(wanted), dict(feeds))))
 
+    def run_values(
+        self, inputs: Mapping[str, ort.OrtValue], outputs: Mapping[str, ort.OrtValue | None]
+    ) -> dict[str, ort.OrtValue]:
+        """See OnnxModel.run_values."""
+        binding = self.session.io_binding()
+        for name, value in inputs.items():
+            binding.bind_ortvalue_input(name, value)
+        for name, value in outputs.items():
+            if value is None:
+                binding.bind_output(name)
+            else:
+                binding.bind_ortvalue_output(name, value)
+        with explained(self._path):
+            self.session.run_with_iobinding(binding)
+        return dict(zip(outputs, binding.get_outputs()))
+
+    def make_room(
+        self, passes: Sequence[Mapping[str, ort.OrtValue]], outputs: Mapping[str, ort.OrtValue | None]
+    ) -> int:
+        """All of the model is in memory already."""
+        return ACTIVATIONS
+
+    @property
+    def defaults(self) -> frozenset[str]:
+        return frozenset(port.name for port in self.session.get_overridable_initializers())
+
     def read_pass(self) -> int:
         return 0
 

@@ -14,7 +14,9 @@ import edgeinfer
 from edgeinfer.engines.decoder import open_decoder
 from edgeinfer.engines.onnx import OnnxModel
 from edgeinfer.errors import BudgetError, EngineError, PromptError
+from edgeinfer.system import streaming_support
 
+needs_pager = pytest.mark.skipif(not streaming_support(), reason="weights cannot be streamed on this system")
 PROMPT = "Once upon a time"
 
 
@@ -157,6 +159,30 @@ def test_the_command_writes(decoder, llama, tokenizer):
 def test_a_cache_that_does_not_fit_is_refused(decoder):
     with pytest.raises(BudgetError, match=r"KV cache of 4,000,000 tokens takes .* smaller --ctx"):
         open_decoder(decoder, context_length=4_000_000, memory="1GiB")
+
+
+@pytest.fixture(scope="module")
+def large(tokenizer):
+    """75 MB."""
+    return tiny_llama(tokenizer.get_vocab_size(), layers=12, feed_forward=8192)
+
+
+@needs_pager
+@pytest.mark.parametrize("in_place", [False, True], ids=["growing", "in place"])
+def test_a_decoder_that_is_larger_than_its_budget_writes_the_same(large, in_place, tmp_path, monkeypatch):
+    """In a process of its own, prepared and then from what was prepared."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    tokenizer = write_tokenizer(tmp_path)
+    path = write_decoder(tmp_path, large, in_place)
+    prompt = tokenizer.encode(PROMPT, add_special_tokens=False).ids
+    options = ["-p", PROMPT, "-n", 12, "--temperature", 0, "--json", "--threads", 1, "--memory", "135MiB"]
+    for _ in range(2):
+        result = command("run", path, *options, cwd=tmp_path)
+        assert result.returncode == 0, result.stderr.decode()
+        found = json.loads(result.stdout)
+        assert found["mode"] == "streaming" and found["streamed_bytes_per_token"] > 20e6
+        assert found["tokens"] == greedy(large, prompt, len(found["tokens"]))
+        assert found["peak_memory_bytes"] <= found["budget_bytes"] == 135 << 20
 
 
 def test_without_a_tokenizer_it_is_a_model_of_arrays(decoder, tmp_path):

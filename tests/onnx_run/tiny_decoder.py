@@ -34,10 +34,10 @@ def write_tokenizer(folder):
     return tokenizer
 
 
-def tiny_llama(vocabulary):
+def tiny_llama(vocabulary, layers=LAYERS, feed_forward=96):
     torch.manual_seed(3)
     config = LlamaConfig(
-        vocab_size=vocabulary, hidden_size=HIDDEN, intermediate_size=96, num_hidden_layers=LAYERS,
+        vocab_size=vocabulary, hidden_size=HIDDEN, intermediate_size=feed_forward, num_hidden_layers=layers,
         num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, head_dim=SIZE,
         max_position_embeddings=CONTEXT, initializer_range=0.3, bos_token_id=0, eos_token_id=1,
         tie_word_embeddings=False,
@@ -83,7 +83,7 @@ def write_decoder(folder, llama, in_place):
         graph.constant("cos_full", np.concatenate([np.cos(angles)] * 2, 1).astype(np.float32))
         graph.constant("sin_full", np.concatenate([np.sin(angles)] * 2, 1).astype(np.float32))
         extra = [graph("Gather", name, "position_ids") for name in ("cos_full", "sin_full")]
-    for layer in range(LAYERS):
+    for layer in range(llama.config.num_hidden_layers):
         x = _layer(graph, weights, layer, x, extra, in_place)
     x = _norm(graph, "norm", weights["model.norm.weight"], x)
     if in_place:  # an input with a default: for how many of the last tokens, 0 for all
