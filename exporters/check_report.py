@@ -142,8 +142,9 @@ def limit_for(precision: str | None, experts: bool, expected: np.ndarray | None)
     Measured: the largest difference of a dense model is 0.85 to 1.5 times what rounding PyTorch's numbers
     predicts; 4 times that is the limit. In a mixture of `experts` rounding may choose another one, which
     changes a position by far more than rounding does, and those after it a little; so the median is judged
-    there (measured: 0.7 to 1.4 times what was predicted, for 2 to 24 layers). Where nothing was predicted: 32 roundoffs of the type (measured: 1.3 to 5.6 for GGUF models of 5 to
-    40 layers, 1.3 to 20.6 for ONNX models in float16), half of that for the median.
+    there (measured: 0.7 to 1.4 times what was predicted, for 2 to 24 layers). Where nothing was predicted: 32
+    roundoffs of the type (measured: 1.3 to 5.6 for GGUF models of 5 to 40 layers, 1.3 to 20.6 for ONNX models
+    in float16), half of that for the median.
     """
     if precision is None:
         return Limit(None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,8 @@ def read_checkpoint(folder: str | Path) -> Checkpoint:
         raise ExportError(
             f"{folder}: expected a checkpoint folder with config.json and {SINGLE}, but {found}."
         )
+    if not os.access(folder, os.R_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
+        raise ExportError(f"{folder}: no permission to look into this folder. Change that, or copy it.")
     config = read_config(folder)
     return Checkpoint(folder, config, _read_tensors(folder))
 

@@ -40,6 +40,8 @@ class Target:
             raise ExportError(
                 f"The result is a {wanted}, but a {found} is there: {self.path}. Give another -o."
             )
+        if self.path.exists() and not self.path.is_dir() and not self.path.is_file():
+            raise ExportError(f"{self.path} is no file but a device or a pipe. Give another -o.")
         if not force and os.path.lexists(self.path):
             raise ExportError(f"{self.path} exists already. Give another -o, or --force to replace it.")
         if not os.access(parent, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):

@@ -169,7 +169,8 @@ class _Matcher:
 
     def _holds_another(self, rule: TensorRule) -> bool:
         """Whether the checkpoint has an output matrix of its own, which then counts, as in transformers 5."""
-        stored = next((self._records[source.name] for source in rule.sources if self._has(source, {})), None)
+        own = (self._records[source.name] for source in rule.sources if self._has(source, {}))
+        stored = next(own, None)
         if stored is None or self._embedding is None:
             return False
         self.untied = not same_values(stored, self._embedding.pieces[0].record)

@@ -196,8 +196,8 @@ def _notes(mapping: ArchitectureMapping, values: Mapping[str, Any], plan: Tensor
     notes = window_notes(mapping, values)
     if plan.untied:
         notes.append(
-            "config.json ties the output matrix to the token embedding, but the checkpoint holds another one, "
-            "which is used, as transformers 5 does"
+            "config.json ties the output matrix to the token embedding, but the checkpoint holds another "
+            "one, which is used, as transformers 5 does"
         )
     if plan.dropped == 1:
         notes.append("1 tensor that does not belong to the language model is left out")

@@ -189,7 +189,8 @@ def test_rounded_weights_that_are_wrong(exported, tmp_path, type, name, change):
 
 def test_experts_whose_weights_are_off_by_a_fifth(exported, tmp_path):
     source, result = exported("qwen3moe", "BF16")
-    wrong = changed(result, tmp_path / "wrong.gguf", "blk.1.ffn_down_exps.weight", lambda values: values * 1.2)
+    name = "blk.1.ffn_down_exps.weight"
+    wrong = changed(result, tmp_path / "wrong.gguf", name, lambda values: values * 1.2)
     assert check(source, result).passed and not check(source, wrong).passed
 
 

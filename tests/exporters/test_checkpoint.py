@@ -1,7 +1,11 @@
 """Checkpoint folders are read as safetensors says, and what is damaged or dangerous is refused by name."""
 
 import json
+import os
+import shutil
 import struct
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -191,6 +195,21 @@ def test_a_tensor_in_two_shards(tmp_path):
     _file(tmp_path / "one.safetensors", {"a": GOOD["a"], "d": {**GOOD["b"]}})
     with pytest.raises(ModelFileError, match="tensor 'a' is in one.safetensors and in two.safetensors"):
         read_checkpoint(tmp_path)
+
+
+def test_a_folder_that_may_not_be_looked_into():
+    folder = Path(tempfile.mkdtemp())  # not below tmp_path, which others may not enter
+    user = os.geteuid()
+    try:
+        folder.chmod(0o644)
+        if user == 0:  # root may look everywhere: look as nobody
+            os.seteuid(65534)
+        with pytest.raises(ExportError, match="no permission to look into this folder"):
+            read_checkpoint(folder)
+    finally:
+        os.seteuid(user)
+        folder.chmod(0o755)
+        shutil.rmtree(folder)
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "consolidated.00.pth"])

@@ -69,6 +69,12 @@ def test_a_missing_folder_and_the_wrong_kind(tmp_path):
         Target(tmp_path, force=True)
 
 
+def test_a_device_is_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ExportError, match="is no file but a device or a pipe"):
+        Target(tmp_path / "pipe", force=True)
+
+
 def _group(path, **options):
     return TargetGroup(path, replaced=[f"{path.name}.data"], others=["tokenizer.json"], **options)
 
