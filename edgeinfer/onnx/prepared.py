@@ -11,7 +11,7 @@ from edgeinfer.onnx.stage_files import StageFiles
 
 FORMAT = 6  # of what is written; another number is another entry of the cache
 _FEW_STAGES, _MANY_STAGES = 24, 96
-_SMALL_STAGE_BYTES, _LARGE_STAGE_BYTES = 2 << 20, 32 << 20
+_SMALL_STAGE_BYTES, _LARGE_STAGE_BYTES = 2 << 20, 16 << 20
 
 PortFacts = tuple[str, str, tuple[int | str | None, ...]]
 

@@ -159,7 +159,8 @@ class StagedModel:
         results = self._run(plan, sizes, compute)
         more = process_memory().peak_rss_bytes - before - (plan.ledger.total - plan.overhead_bytes)
         own = [value for name, value in results.items() if bound.get(name) is None]
-        kept = sum(map(_num_bytes, own))  # the caller may keep these until the next ones
+        # The caller may keep these until the next ones, which need not find the place of those before.
+        kept = 2 * sum(map(_num_bytes, own))
         return max(0, more) + kept + max(self._activations.values(), default=0), results
 
     def _too_large(self, sizes: Sizes) -> BudgetError:
