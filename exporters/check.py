@@ -6,9 +6,10 @@ quantized).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,7 @@ from edgeinfer.exporters.check_report import (
     less_precise,
     limit_for,
 )
+from edgeinfer.exporters.onnx_calibration import CalibrationData
 from edgeinfer.exporters.perplexity import negative_log_probability
 
 if TYPE_CHECKING:
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 PAGE = Path(__file__).with_name("texts") / "page.txt"  # The Wind in the Willows (1908), in the public domain
 _MOST_POSITIONS = 512
 _LOGITS_BYTES = 256 << 20  # of the source, kept until the result's are there
+_MOST_SAMPLES = 16
 _RANDOM_TOKENS = 128  # where there is no tokenizer
 
 Progress = Callable[[float], None]
@@ -44,6 +47,7 @@ def check(
     *,
     text: str | None = None,
     inputs: Mapping[str, np.ndarray] | None = None,
+    samples: Path | None = None,
     memory: int | None = None,
     progress: Progress | None = None,
 ) -> CheckReport:
@@ -52,7 +56,8 @@ def check(
 
     Language models read the first 512 tokens of `text` (None: the page in PAGE), fewer where the vocabulary
     or the context asks for it; random tokens where there is no tokenizer. Two ONNX models get `inputs`, or
-    None: random ones that fit what the source declares. Computing is in float32 wherever the weights are,
+    the first 16 of the `samples` (files, see onnx_calibration), or random ones that fit what the source
+    declares. Computing is in float32 wherever the weights are,
     attention included; one model is in memory at a time. A float result fails (`passed` is False) where it
     differs by more than `limit`, any result where it gives other token ids, or numbers that are not finite.
 
@@ -73,8 +78,19 @@ def check(
     if _is_onnx(source) != _is_onnx(result):
         raise ExportError(f"{source} and {result} cannot be compared: expected two GGUF or two ONNX models.")
     if _is_onnx(source):
-        return _check_onnx(OnnxModel(source), OnnxModel(result), inputs, report)
+        return _check_onnx(OnnxModel(source), OnnxModel(result), inputs, samples, report)
     return _check_gguf(GGUFModel(source, memory), GGUFModel(result, memory), text, report)
+
+
+def require_memory(source: Path, memory: int | None) -> None:
+    """BudgetError where `check` will not be able to compute `source`: to be known before an export is written.
+
+    ONNX and GGUF models are mapped or streamed, and need no more than they get.
+    """
+    if source.is_dir():
+        from edgeinfer.exporters.check_torch import TorchModel
+
+        TorchModel(source, memory).require_memory()
 
 
 def _is_onnx(path: Path) -> bool:
@@ -195,7 +211,7 @@ def _check_onnx_of_checkpoint(
         source.open(headless="logits" not in found)
         expected = source.outputs(tokens)
     report = _compare_outputs(
-        source, result, {name: expected[name] for name in expected if name in found}, found
+        source, result, [{name: expected[name] for name in expected if name in found}], [found]
     )
     progress(1.0)
     if report.passed and source.writes_text and "logits" in expected:
@@ -212,18 +228,27 @@ def _perplexity(logits: np.ndarray, tokens: list[int]) -> float:
 
 
 def _check_onnx(
-    source: OnnxModel, result: OnnxModel, inputs: Mapping[str, np.ndarray] | None, progress: Progress
+    source: OnnxModel,
+    result: OnnxModel,
+    inputs: Mapping[str, np.ndarray] | None,
+    samples: Path | None,
+    progress: Progress,
 ) -> CheckReport:
     with closing(source):
         source.open()
-        feeds = source.made_inputs() if inputs is None else inputs
-        expected = source.run(feeds)
+        if inputs is None and samples is None:
+            fitting, outputs = source.fitting_inputs()
+            feeds, expected = [fitting], [outputs]
+        else:
+            data = CalibrationData(samples, source.inputs) if inputs is None else None
+            feeds = list(islice(iter(data.get_next, None), _MOST_SAMPLES)) if data else [inputs]
+            expected = [source.run(each) for each in feeds]
     progress(0.5)
     with closing(result):
         result.open()
-        found = result.run(feeds)
+        found = [result.run(each) for each in feeds]
     progress(1.0)
-    if missing := expected.keys() - found.keys():
+    if missing := expected[0].keys() - found[0].keys():
         raise ExportError(
             f"{result.path} has no output {', '.join(sorted(missing))}: it was made from another model."
         )
@@ -233,30 +258,31 @@ def _check_onnx(
 def _compare_outputs(
     source: TorchModel | OnnxModel,
     result: OnnxModel,
-    expected: Mapping[str, np.ndarray],
-    found: Mapping[str, np.ndarray],
+    expected: Sequence[Mapping[str, np.ndarray]],
+    found: Sequence[Mapping[str, np.ndarray]],
 ) -> CheckReport:
-    """Outputs of the same names. Each is judged by its own largest number."""
+    """Outputs of the same names, of one sample or several. Each is judged by its own largest number."""
     precision = less_precise(source.precision, result.precision)
     limit = limit_for(precision, experts=False, expected=None)
     comparisons, failure = [], None
-    for name, array in expected.items():
-        other = found[name]
-        if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiub":
+    for name, first in expected[0].items():
+        if not isinstance(first, np.ndarray) or first.dtype.kind not in "fiub":
             continue
-        if other.shape != array.shape:
-            shapes = f"{list(array.shape)} in the source and {list(other.shape)} in the result"
-            failure = failure or f"output {name!r} has the shape {shapes}"
-        elif array.size:
-            comparison = Comparison(precision)
-            comparison.add(_rows(array), _rows(other))
+        comparison = Comparison(precision)
+        for array, other in zip((sample[name] for sample in expected), (sample[name] for sample in found)):
+            if other.shape != array.shape:
+                shapes = f"{list(array.shape)} in the source and {list(other.shape)} in the result"
+                failure = failure or f"output {name!r} has the shape {shapes}"
+            elif array.size:
+                comparison.add(_rows(array), _rows(other))
+        if comparison.positions:
             comparisons.append(comparison)
-            if array.dtype.kind == "f" and (wrong := judge(comparison, limit, precision)):
+            if first.dtype.kind == "f" and (wrong := judge(comparison, limit, precision)):
                 failure = failure or f"output {name!r}: {wrong}"
     if not comparisons and failure is None:
         raise ExportError(
-            f"{result.path}: none of its outputs ({', '.join(found)}) is one of the source's with numbers in "
-            "it, so nothing can be compared."
+            f"{result.path}: none of its outputs ({', '.join(found[0])}) is one of the source's with numbers "
+            "in it, so nothing can be compared."
         )
     return _report(source.runtime, precision, comparisons, limit, failure, ())
 

@@ -74,15 +74,7 @@ class TorchModel:
         """Load the weights in float32; `headless`: the model without what makes logits of its states.
         BudgetError where they do not fit.
         """
-        budget = default_budget() if self._memory is None else self._memory
-        needed = process_memory().rss_bytes + self._bytes + _SPARE_BYTES
-        if needed > budget:
-            raise BudgetError(
-                f"Checking {self.folder} computes it in float32 with PyTorch, which takes "
-                f"{format_size(needed)}: more than the {format_size(budget)} of memory. "
-                "Raise --memory, or export without --check.",
-                smallest_bytes=needed,
-            )
+        self.require_memory()
         options = {"dtype": self._torch.float32, "attn_implementation": "eager", "output_loading_info": True}
         safe = {"local_files_only": True, "trust_remote_code": False, "use_safetensors": True}
         with _quiet(self._transformers), self._explained("open the weights of"):
@@ -95,6 +87,18 @@ class TorchModel:
         if hasattr(model, "set_experts_implementation"):
             model.set_experts_implementation("eager")
         self._model = model.eval()
+
+    def require_memory(self) -> None:
+        """BudgetError where the weights in float32 do not fit, before anything is read."""
+        budget = default_budget() if self._memory is None else self._memory
+        needed = process_memory().rss_bytes + self._bytes + _SPARE_BYTES
+        if needed > budget:
+            raise BudgetError(
+                f"Checking {self.folder} computes it in float32 with PyTorch, which takes "
+                f"{format_size(needed)}: more than the {format_size(budget)} of memory. "
+                "Raise --memory, or export without --check.",
+                smallest_bytes=needed,
+            )
 
     @property
     def writes_text(self) -> bool:

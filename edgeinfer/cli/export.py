@@ -57,7 +57,9 @@ class Job:
 @click.option(
     "--size", metavar="SIZE", help="With --quant auto, the file's size: 2GiB, or 30% of the floats'."
 )
-@click.option("--calibration", metavar="FILE", help="Quantize so that least is lost on this text or data.")
+@click.option(
+    "--calibration", metavar="FILE", help="Quantize by this text or, for ONNX, .npz files; they are checked too."
+)
 @click.option(
     "--check", is_flag=True, help="Run source and result on the same input; fail where they differ."
 )
@@ -163,7 +165,10 @@ def _export_gguf(job: Job) -> tuple[dict[str, Any], list[str]]:
     started = time.monotonic()
     direct = job.type is None or job.type in FLOAT_TYPES
     checked: list[str] = []
-    with Target(job.target, job.force) as part:
+    output = Target(job.target, job.force)
+    if job.check:
+        _require_memory(job)
+    with output as part:
         with tempfile.TemporaryDirectory(prefix=".edgeinfer-", dir=job.target.parent) as scratch:
             floats = part if direct else Path(scratch) / "floats.gguf"
             with ProgressLine("Writing") as progress:
@@ -238,6 +243,8 @@ def _export_onnx(job: Job) -> tuple[dict[str, Any], list[str]]:
     facts: dict[str, Any] = {"source": str(job.source), "target": str(job.target)}
     checked: list[str] = []
     checking = 0.0
+    if job.check:
+        _require_memory(job)
     with ProgressLine("Writing") as progress:
 
         def check(result: Path) -> None:
@@ -252,7 +259,7 @@ def _export_onnx(job: Job) -> tuple[dict[str, Any], list[str]]:
             job.source,
             job.target,
             quant=job.type,
-            calibration=job.calibration,
+            calibration=None if _only_checks(job) else job.calibration,
             force=job.force,
             check=check if job.check else None,
             progress=progress,
@@ -261,12 +268,28 @@ def _export_onnx(job: Job) -> tuple[dict[str, Any], list[str]]:
     return {**facts, **asdict(report), **seconds}, checked
 
 
+def _require_memory(job: Job) -> None:
+    """What a check lacks is said before an hour of writing, not after it."""
+    from edgeinfer.exporters.check import require_memory
+
+    require_memory(job.source, job.memory)
+
+
+def _only_checks(job: Job) -> bool:
+    """Whether --calibration has inputs for --check of an ONNX file and for nothing else."""
+    from edgeinfer.exporters.onnx_export import STATIC_FORMS, find_quant
+
+    is_static = job.type is not None and find_quant(job.type) in STATIC_FORMS
+    return job.check and job.source.is_file() and not is_static
+
+
 def _check(job: Job, result: Path) -> tuple[dict[str, Any], list[str]]:
     """What was compared, for --json and for people. Raises ExportError where the two differ too much."""
     from edgeinfer.exporters.check import check
 
     with ProgressLine("Checking") as progress:
-        report = check(job.source, result, memory=job.memory, progress=progress)
+        samples = job.calibration if job.format == "onnx" and job.source.is_file() else None
+        report = check(job.source, result, samples=samples, memory=job.memory, progress=progress)
     if not report.passed:
         raise ExportError("\n".join(["The check failed, so nothing was written.", *report.lines()]))
     return report.as_dict(), report.lines()

@@ -93,6 +93,15 @@ def test_a_failed_check_leaves_nothing(checkpoint, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_check_that_does_not_fit_is_refused_before_anything_is_written(checkpoint, tmp_path, monkeypatch):
+    from edgeinfer.exporters import to_gguf
+
+    monkeypatch.setattr(to_gguf, "export_gguf", lambda *_arguments, **_options: pytest.fail("it was written"))
+    result = _export(checkpoint, "-o", tmp_path / "out.gguf", "--check", "--memory", "64MiB")
+    assert result.exit_code == 1 and "more than the 64.0 MiB of memory. Raise --memory" in result.output
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_existing_target_is_kept(checkpoint, tmp_path):
     (tmp_path / "out.gguf").write_bytes(b"old")
     result = _export(checkpoint, "-o", tmp_path / "out.gguf")
