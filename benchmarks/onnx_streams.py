@@ -2,9 +2,11 @@
 
     python -m benchmarks.onnx_streams DATA [--rounds N] [--cpu]
 
-DATA holds onnx/ and audio/. Both sides compute the same steps on one thread and keep what they find; the real-time
-factor is seconds of computing a second of sound, and the ratio is that of the medians. --cpu: count the computing
-thread's own time, on a machine that is shared.
+DATA holds onnx/ and audio/. All sides compute the same steps on one thread and keep what they find: the bare loop;
+`file`, a whole recording as `edgeinfer stream` reads it, sensing thread and queue included; `api`, the same through
+`model.stream().over`; `live`, each piece of 32 ms fed by itself, as a microphone gives it. The real-time factor is seconds
+a second of sound, and the ratio is that of the medians. --cpu: count the computing thread's own time, on a machine that is
+shared.
 """
 
 from __future__ import annotations
@@ -18,9 +20,12 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 
-from edgeinfer.engines.onnx import open_onnx
 from edgeinfer.inputs.sound import read_wav
+from edgeinfer.streams.description import StageDescription
 from edgeinfer.streams.model_stream import ModelStream
+from edgeinfer.streams.pipeline import Pipeline, open_pipeline
+from edgeinfer.streams.running import run_pipeline
+from edgeinfer.streams.sources import FAST_PIECE_SECONDS, PIECE_SECONDS
 
 RATE = 16000
 
@@ -64,28 +69,59 @@ CASES = {
 }
 
 
-def compare(data: Path, name: str, rounds: int, clock: Callable[[], float]) -> tuple[float, float]:
-    """(real-time factor of edgeinfer, of the bare loop), medians of `rounds`."""
+def cut(sound: np.ndarray, seconds: float) -> list[np.ndarray]:
+    size = round(seconds * RATE)
+    return [sound[start : start + size] for start in range(0, len(sound), size)]
+
+
+def through_file(pipeline: Pipeline, stream: ModelStream, sound: np.ndarray) -> int:
+    """As the command does with a recording. Gives the number of steps."""
+    found = []
+    run_pipeline(pipeline, cut(sound, FAST_PIECE_SECONDS), found.extend)
+    stream.take_sound()
+    return len(found)
+
+
+def through_api(_pipeline: Pipeline, stream: ModelStream, sound: np.ndarray) -> int:
+    found = list(stream.over(cut(sound, PIECE_SECONDS)))
+    stream.take_sound()
+    return len(found)
+
+
+def through_feed(_pipeline: Pipeline, stream: ModelStream, sound: np.ndarray) -> int:
+    found = []
+    for piece in cut(sound, PIECE_SECONDS):
+        found += stream.feed(piece)
+    found += stream.finish()
+    stream.take_sound()
+    return len(found)
+
+
+WAYS = {"file": through_file, "api": through_api, "live": through_feed}
+
+
+def compare(data: Path, name: str, rounds: int, clock: Callable[[], float]) -> dict[str, float]:
+    """The real-time factor of the bare loop ("bare") and of each of `WAYS`, medians of `rounds`."""
     recording, bare = CASES[name]
     with open(data / "audio" / recording, "rb") as file:
         sound, _ = read_wav(file, recording)
     session = bare_session(data / "onnx" / name)
-    with open_onnx(data / "onnx" / name, threads=1) as model:
-        stream = ModelStream(model)
-        pieces = [sound[start : start + 512] for start in range(0, len(sound), 512)]
-        ours, theirs = [], []
-        for _ in range(rounds):
-            stream.reset()
-            start = clock()
-            found = list(stream.over(pieces))
-            stream.take_sound()
-            assert len(found) >= len(sound) // 512
-            ours.append(clock() - start)
+    taken: dict[str, list[float]] = {way: [] for way in ("bare", *WAYS)}
+    with open_pipeline([StageDescription(data / "onnx" / name, "model")], threads=1) as pipeline:
+        stream = pipeline.streams["model"]
+        for _ in range(rounds + 1):  # the first one warms up
             start = clock()
             bare(session, sound)
-            theirs.append(clock() - start)
+            taken["bare"].append(clock() - start)
+            for way, go in WAYS.items():
+                stream.reset()
+                start = clock()
+                steps = go(pipeline, stream, sound)
+                taken[way].append(clock() - start)
+                if steps < len(sound) // 512:
+                    raise RuntimeError(f"{name}, {way}: {steps} steps are too few")
     seconds = len(sound) / RATE
-    return statistics.median(ours) / seconds, statistics.median(theirs) / seconds
+    return {way: statistics.median(times[1:]) / seconds for way, times in taken.items()}
 
 
 def main() -> None:
@@ -96,8 +132,10 @@ def main() -> None:
     arguments = parser.parse_args()
     clock = time.thread_time if arguments.cpu else time.perf_counter
     for name in CASES:
-        ours, theirs = compare(arguments.data, name, arguments.rounds, clock)
-        print(f"{name:<20} edgeinfer {ours:.4f}, bare loop {theirs:.4f}, ratio {ours / theirs:.3f}")
+        factors = compare(arguments.data, name, arguments.rounds, clock)
+        bare = factors.pop("bare")
+        ours = ", ".join(f"{way} {factor:.5f} ({factor / bare:.3f})" for way, factor in factors.items())
+        print(f"{name:<20} bare loop {bare:.5f}, {ours}")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from itertools import chain
 from typing import Any
 
 from edgeinfer.streams.feeder import Feeder
@@ -36,7 +37,8 @@ def run_pipeline(
     interrupted: KeyboardInterrupt | None = None
     with Feeder(source, late=late, depth=depth, seconds_of=seconds_of) as feeder:
         try:
-            for piece in feeder:
+            # Who waits for every piece is woken for each. Only what may be dropped has to stay in the queue.
+            for piece in chain.from_iterable(feeder.batches()) if late == "wait" else feeder:
                 began = piece.arrival if live else time.perf_counter()
                 if piece.missed:
                     consume(pipeline.skip(piece.missed))
