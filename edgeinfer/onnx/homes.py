@@ -29,6 +29,10 @@ class Mapping:
     offset: int
     nbytes: int
 
+    @property
+    def num_pages(self) -> int:
+        return self.nbytes // mmap.PAGESIZE
+
 
 def mappings(path: str | os.PathLike) -> list[Mapping]:
     """This process's mappings of the file at `path`, in order of their offset in it."""
@@ -92,18 +96,27 @@ def _tiling(start: int, end: int, left: Counter) -> list[int] | None:
 
 def drop(mapping: Mapping) -> None:
     """Let go of pages that were read; they come back from the file when they are touched."""
-    code = ctypes.CDLL(None).madvise(
-        ctypes.c_void_p(mapping.address), ctypes.c_size_t(mapping.nbytes), ctypes.c_int(mmap.MADV_DONTNEED)
+    _advise(mapping, mmap.MADV_DONTNEED)
+
+
+def advise_random(mapping: Mapping) -> None:
+    """From now on a page that is touched is read alone, without what lies around it."""
+    _advise(mapping, mmap.MADV_RANDOM)
+
+
+def _advise(mapping: Mapping, advice: int) -> None:
+    code = ctypes.CDLL(None, use_errno=True).madvise(
+        ctypes.c_void_p(mapping.address), ctypes.c_size_t(mapping.nbytes), ctypes.c_int(advice)
     )
     if code != 0:
-        raise OSError("pages of a mapping could not be dropped")
+        raise OSError(ctypes.get_errno(), "the system took no advice on a mapping")
 
 
 def is_touched(mapping: Mapping) -> bool:
     """Whether this process has touched a page of the mapping since it was made or dropped."""
     with open(_PAGEMAP, "rb", buffering=0) as pages:
         pages.seek(mapping.address // mmap.PAGESIZE * 8)
-        entries = memoryview(pages.read(mapping.nbytes // mmap.PAGESIZE * 8)).cast("Q")
+        entries = memoryview(pages.read(mapping.num_pages * 8)).cast("Q")
     return any(entry & _PRESENT for entry in entries)
 
 

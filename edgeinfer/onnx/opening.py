@@ -86,7 +86,7 @@ def plan_stock(file: OnnxFile, budget_bytes: int) -> OnnxPlan | None:
 
 
 def _open_stock(file: OnnxFile, plan: OnnxPlan, threads: int | None, choice: Choice) -> Opened:
-    runner = StockModel(file.path, plan, threads, choice)
+    runner = StockModel(file, plan, threads, choice)
     inputs, outputs = runner.session.get_inputs(), runner.session.get_outputs()
     return Opened(
         runner,

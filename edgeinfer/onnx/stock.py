@@ -16,6 +16,7 @@ from edgeinfer.onnx.graph import OnnxFile
 from edgeinfer.onnx.plan import OnnxPlan
 from edgeinfer.onnx.providers import Choice, what_computes
 from edgeinfer.onnx.runtime import explained, session_options
+from edgeinfer.onnx.small_weights import read_alone
 
 _MIB = 1 << 20
 ACTIVATIONS = 64 * _MIB  # nobody knows them before the first input
@@ -25,10 +26,12 @@ _REARRANGED = {"MatMulNBits": 1.25}  # weights that become larger in the form th
 class StockModel:
     """One session over the whole model."""
 
-    def __init__(self, path: Path, plan: OnnxPlan, threads: int | None, choice: Choice):
+    def __init__(self, file: OnnxFile, plan: OnnxPlan, threads: int | None, choice: Choice):
         options = session_options(threads)
+        path = file.path
         with explained(path, ModelFileError):
             self.session = ort.InferenceSession(os.fspath(path), options, providers=list(choice.chain))
+        read_alone(data for data in file.paths if data != path)
         found = what_computes(choice, self.session)
         self.plan = replace(plan, provider=found.name, provider_reason=found.reason)
         self._path = path
