@@ -40,9 +40,10 @@ def find_labels(
     found = next((file for file in beside if file.is_file()), None)
     if found is not None:
         return read_labels(found, key if found.name == own else None)
-    if own is not None and (FOLDER / own).is_file():
+    labels = _from_config(model_path.parent / "config.json")
+    if labels is None and own is not None and (FOLDER / own).is_file():
         return read_labels(FOLDER / own, key)
-    return _from_config(model_path.parent / "config.json")
+    return labels
 
 
 def read_labels(path: Path, key: str | None = None) -> Labels:

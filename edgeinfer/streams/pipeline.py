@@ -187,6 +187,14 @@ class Pipeline:
         )
         return data.crop(corners)
 
+    def open_share(self, frames: int) -> dict[str, float]:
+        """{gated stage: the part of the stream that it ran on}; `frames`: how many there were, where it is one
+        of frames."""
+        if self.on_sound:
+            return {name: gate.open_samples / gate.samples for name, gate in self.gates.items() if gate.samples}
+        gated = [name for name, description in self._described.items() if description.gate is not None]
+        return {name: self.streams[name].steps / frames for name in gated} if frames else {}
+
     def close(self) -> None:
         for stream in self.streams.values():
             stream.model.close()

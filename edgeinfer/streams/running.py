@@ -74,7 +74,5 @@ def _report(pipeline: Pipeline, feeder: Feeder, taken: int, latencies: list[floa
         real_time_factor=busy / seconds if seconds else None,
         latency=percentiles(latencies),
         steps={name: stream.steps for name, stream in pipeline.streams.items()},
-        open_share={
-            name: gate.open_samples / gate.samples for name, gate in pipeline.gates.items() if gate.samples
-        },
+        open_share=pipeline.open_share(taken),
     )

@@ -35,10 +35,14 @@ def answer(model, *arguments):
     return json.loads(result.stdout)
 
 
-@pytest.mark.parametrize(("picture", "classes"), [("cat.png", [285, 281, 282]), ("dog.jpg", [174, 249, 248])])
-def test_known_classes(picture, classes):
+@pytest.mark.parametrize(
+    ("picture", "classes", "name"),
+    [("cat.png", [285, 281, 282], "Egyptian cat"), ("dog.jpg", [174, 249, 248], "Norwegian elkhound")],
+)
+def test_known_classes(picture, classes, name):
     found = answer(MODELS / "mobilenet_v2_int8_B.onnx", "--input", IMAGES / picture, "--top", 3)
     assert [entry["number"] for entry in found["classes"]] == classes
+    assert found["classes"][0]["label"] == name
     assert 0 < found["classes"][2]["score"] < found["classes"][0]["score"] < 1
 
 

@@ -175,7 +175,9 @@ def test_a_classifier_runs_where_a_detector_finds_something(tmp_path):
         ("3.png", "FastestDet"),
     ]
     assert [entry["label"] for entry in found[1]["findings"]] == ["dog", "car", "bicycle"]
-    assert json.loads(result.stdout)["steps"] == {"FastestDet": 3, "mobilenet_v2_int8_B": 1}
+    report = json.loads(result.stdout)
+    assert report["steps"] == {"FastestDet": 3, "mobilenet_v2_int8_B": 1}
+    assert report["open_share"] == {"mobilenet_v2_int8_B": pytest.approx(1 / 3)}
     box = found[1]["findings"][0]
     cut = Image.open(tmp_path / "frames/2.jpg").crop([round(box[key]) for key in ("x1", "y1", "x2", "y2")])
     cut.save(tmp_path / "cut.png")
