@@ -65,6 +65,8 @@ def run_onnx(request: OnnxRequest) -> None:
         is_read = reader.kind == "classes" or result.fed.placement is not None  # boxes want their picture
         kind = reader.kind if is_read else None
         findings = reader.read(result.arrays, result.fed.placement, request.top, request.threshold)
+        if request.provider not in (None, model.plan.provider):
+            click.echo(f"Computed on {model.plan.provider}. {model.plan.provider_reason}", err=True)
         for note in result.fed.notes:
             click.echo(note, err=True)
         with target as part:

@@ -192,7 +192,11 @@ class _Gatherer:
                 "--input, or use "
                 "edgeinfer stream."
             )
-        samples, _ = read_wav(file, name)
+        samples, rate = read_wav(file, name)
+        self._fed.notes.append(
+            f"No form says what sound this model takes: {name} is given as it is, one channel of {rate:,} "
+            "samples a second."
+        )
         return samples.astype(port.dtype).reshape([1] * (len(port.shape) - 1) + [len(samples)])
 
     def _plain(self, port: Port, file: BinaryIO, name: str) -> np.ndarray:

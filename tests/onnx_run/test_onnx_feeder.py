@@ -61,7 +61,7 @@ def test_what_was_dropped_is_known_where_it_was():
 @pytest.mark.parametrize("late", ["drop-oldest", "drop-newest"])
 def test_what_comes_faster_than_real_time_waits(late):
     """A file in a pipe, or what a microphone gave before the model was loaded."""
-    with Feeder(numbered(40), late=late, depth=3, seconds_of=lambda piece: 5.0) as feeder:
+    with Feeder(numbered(40), late=late, depth=3, seconds_of=lambda piece: 1000.0) as feeder:
         time.sleep(0.05)
         pieces = list(feeder)
     assert [piece.data[0] for piece in pieces] == list(range(40)) and feeder.dropped == 0

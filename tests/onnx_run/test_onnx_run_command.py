@@ -147,6 +147,29 @@ def test_an_array_from_standard_input_for_a_model_of_sounds(tmp_path):
         np.testing.assert_array_equal(found["output"], bare_session(vad).run(["output"], feeds)[0])
 
 
+def test_a_sound_for_a_model_that_nothing_is_known_of(tmp_path):
+    nodes = [helper.make_node("Identity", ["x"], ["y"])]
+    model = save_model(
+        tmp_path / "m.onnx", nodes, [("x", np.float32, [1, "n"])], [("y", np.float32, [1, "n"])]
+    )
+    sound = write_wav(tmp_path / "a.wav", np.linspace(-0.5, 0.5, 100), 44100)
+    result = run(model, "--input", sound, "-o", tmp_path / "o.npz")
+    assert "given as it is, one channel of 44,100 samples a second" in result.stderr.decode()
+    with np.load(tmp_path / "o.npz") as found:
+        np.testing.assert_array_equal(found["y"], read_wav(sound)[None])
+
+
+@pytest.mark.filterwarnings("ignore:Specified provider")
+def test_a_provider_that_does_not_load_is_said(monkeypatch):
+    """onnxruntime-gpu without its libraries: ONNX Runtime goes on with the processor."""
+    monkeypatch.setattr(
+        "onnxruntime.get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    )
+    result = run(MODELS / "FastestDet.onnx", "--input", IMAGES / "dog.jpg", "--provider", "cuda")
+    assert result.returncode == 0 and b"dog" in result.stdout
+    assert "Computed on cpu. CUDAExecutionProvider could not be loaded" in result.stderr.decode()
+
+
 def test_one_array_needs_no_name_and_any_order_of_bytes(tmp_path):
     pixels = np.random.default_rng(0).standard_normal((1, 3, 224, 224)).astype(np.float32)
     np.savez(tmp_path / "one.npz", whatever=pixels)
