@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
 
 from edgeinfer.budget import format_size, parse_size
 from edgeinfer.engines.ggml import BLOCKS
@@ -34,6 +36,7 @@ CANDIDATES = (
 #: Small for what they lose, but slow to compute on a processor: only where other types would lose much more.
 _SLOW = ("IQ2_", "IQ3_")
 _SLOW_BELOW_BITS = 4.0
+_UNCERTAINTY = 0.4  # of a loss's logarithm; choices made with it are predicted to lose a tenth more
 _MIXTURE = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
 
 
@@ -74,12 +77,44 @@ class Chooser:
 
     def choose(self, num_bytes: int) -> Choice:
         """The best types for a file of `num_bytes` at most. Raises ExportError where none is so small."""
+        return self._choose(self._items_for(num_bytes), num_bytes)
+
+    def near(self, num_bytes: int, count: int) -> list[Choice]:
+        """`choose`, and `count` others at most that would be best if losses were a little different."""
+        rng, items = np.random.default_rng(0), self._items_for(num_bytes)
+        choices = [self._choose(items, num_bytes)]
+        for _ in range(count):
+            factors = np.exp(rng.normal(0, _UNCERTAINTY, len(items)))
+            choice = self._choose(
+                {
+                    name: [Option(o.name, o.num_bytes, o.loss * factor) for o in options]
+                    for (name, options), factor in zip(items.items(), factors)
+                },
+                num_bytes,
+            )
+            if all(choice.types != other.types for other in choices):
+                choices.append(choice)
+        return choices
+
+    def stock(self, mixture: str, planned: Mapping[str, str]) -> Choice | None:
+        """The types `planned` (tensor -> type) of a stock mixture; None where one was not measured."""
+        types = {name: planned[name] for name in self._items}
+        if any(types[name] not in self._losses[name] for name in types) or any(
+            planned[name] != type for name, type in self._fixed.items()
+        ):
+            return None
+        return self._made(types, mixture)
+
+    def _items_for(self, num_bytes: int) -> dict[str, list[Option]]:
         items = self._items
         if not _takes_slow_types(self._file, num_bytes):
             fast = {
                 name: [o for o in options if not o.name.startswith(_SLOW)] for name, options in items.items()
             }
             items = fast if self._base + smallest_bytes(fast) <= num_bytes else items
+        return items
+
+    def _choose(self, items: Mapping[str, Sequence[Option]], num_bytes: int) -> Choice:
         found = allocate(items, num_bytes - self._base)
         if found is None:
             raise ExportError(
@@ -87,10 +122,13 @@ class Chooser:
                 f"be is {format_size(self.smallest_bytes)} ({self.smallest_bytes} bytes). Give a larger --size."
             )
         types = {name: option.name for name, option in found.items()}
+        return self._made(types, _mixture(self._file, types))
+
+    def _made(self, types: dict[str, str], mixture: str) -> Choice:
         return Choice(
             types,
-            _mixture(self._file, types),
-            sum(option.loss for option in found.values()),
+            mixture,
+            sum(self._losses[name][type] for name, type in types.items()),
             quantized_bytes(self._file, {**self._fixed, **types}),
         )
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from edgeinfer.budget import format_size
 from edgeinfer.errors import ExportError
-from edgeinfer.exporters.auto_bits import Chooser
+from edgeinfer.exporters.auto_bits import Choice
 from edgeinfer.exporters.importance import Importance
 from edgeinfer.exporters.perplexity import Perplexity, perplexity
 from edgeinfer.exporters.quantize import quantize_gguf
@@ -41,7 +41,7 @@ def measure_curve(
     source: Path,
     held_out: str,
     importance: Importance | None,
-    chooser: Chooser | None,
+    choose: Callable[[int], Choice] | None,
     folder: Path,
     *,
     requantize: bool = False,
@@ -49,13 +49,13 @@ def measure_curve(
     threads: int | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> list[Point]:
-    """Quantize `source` as each of STOCK, with and without importance, and by `chooser`; score `held_out`.
+    """Quantize `source` as each of STOCK, with and without importance, and by `choose`; score `held_out`.
 
     Each file is written into a folder of its own in `folder` and removed again.
     """
     jobs = [(PLAIN, type) for type in STOCK]
     jobs += [(WEIGHTED, type) for type in STOCK] if importance is not None else []
-    jobs += [(AUTO, type) for type in AUTO_AT] if chooser is not None else []
+    jobs += [(AUTO, type) for type in AUTO_AT] if choose is not None else []
     points: list[Point] = []
     sizes: dict[str, int] = {}
     with tempfile.TemporaryDirectory(prefix=".edgeinfer-", dir=folder) as scratch:
@@ -64,7 +64,7 @@ def measure_curve(
             weights, types, mixture, label = importance if series != PLAIN else None, None, type, type
             if series == AUTO:
                 try:
-                    choice = chooser.choose(sizes[type])
+                    choice = choose(sizes[type])
                 except ExportError:  # nothing so small
                     continue
                 types, mixture, label = choice.types, choice.mixture, format_size(sizes[type])

@@ -13,6 +13,14 @@ from edgeinfer.modelfile import read_model_file
 
 
 @dataclass(frozen=True)
+class LossDifference:
+    """Nats a token that one model loses more than another on the same tokens, and its standard error."""
+
+    mean: float
+    error: float
+
+
+@dataclass(frozen=True)
 class Perplexity:
     """exp of the mean loss. `error`: its standard error; `tokens`: how many were scored; `losses`: nats of each."""
 
@@ -27,12 +35,19 @@ class Perplexity:
         error = value * float(losses.std()) / np.sqrt(max(1, len(losses) - 1))
         return Perplexity(value, float(error), len(losses), losses)
 
+    def difference(self, other: Perplexity) -> LossDifference:
+        """What this loses more than `other` of the same text, token by token: surer than their values."""
+        differences = self.losses - other.losses
+        error = float(differences.std()) / np.sqrt(max(1, len(differences) - 1))
+        return LossDifference(float(differences.mean()), float(error))
+
 
 def perplexity(
     model: Path,
     text: str,
     *,
     context: int = CONTEXT,
+    most_windows: int | None = None,
     memory: int | None = None,
     threads: int | None = None,
     progress: Callable[[float], None] | None = None,
@@ -46,13 +61,15 @@ def perplexity(
     value is exp(-mean), its error the standard error of the mean times the value. Attention is what llama.cpp
     takes by itself (flash attention, a cache in float16); weights are not repacked.
 
-    `memory`: stay within so many bytes, by streaming where the model is larger (None: what is free). Raises
-    ExportError where the text has not one window, and what `edgeinfer.load` raises.
+    `most_windows`: no more than so many, spread over the text. `memory`: stay within so many bytes, by
+    streaming where the model is larger (None: what is free). Raises ExportError where the text has not one
+    window, and what `edgeinfer.load` raises.
     """
     context = check_context(read_model_file(model), context)
     losses: list[float] = []
     with scoring_engine(model, context=context, memory=memory, threads=threads) as engine:
         parts = windows(engine.model, text, context, "perplexity")
+        parts = parts[:: -(-len(parts) // most_windows)] if most_windows else parts
         for number, window in enumerate(parts):
 
             def score(position: int, logits: np.ndarray, window=window) -> None:

@@ -31,7 +31,7 @@ _CANNOT_DO_WITHOUT = ("IQ2_XXS", "IQ2_XS", "IQ1_S")
 _BAD_WITHOUT = ("IQ1_M", "IQ2_S", "IQ3_XXS")
 _EXEMPT = ("token_embd.weight", "per_layer_token_embd.weight", "output.weight")
 FILE_ALIGNMENT = 32  # of what llama_model_quantize writes, whatever its source has
-_HEADER_ALLOWANCE = 1024  # keys that it adds
+HEADER_ALLOWANCE = 1024  # keys that it adds
 
 
 def find_type(name: str) -> str:
@@ -74,7 +74,7 @@ def header_bytes(file: ModelFile) -> int:
     starts: dict[int, int] = {}
     for tensor in file.tensors:
         starts[tensor.part] = min(tensor.offset, starts.get(tensor.part, tensor.offset))
-    return sum(starts.values()) + _HEADER_ALLOWANCE
+    return sum(starts.values()) + HEADER_ALLOWANCE
 
 
 def quantized_bytes(file: ModelFile, types: Mapping[str, str]) -> int:

@@ -42,7 +42,12 @@ if TYPE_CHECKING:
 
 _TENSOR_LINE = re.compile(r"\[ *\d+/ *\d+\] (\S+) +- \[[^]]*\], type = *(\w+), (.*)")
 _NEW_TYPE = re.compile(r"\((\w+)\)\s*$")
-_BUFFER_BYTES = 1 << 30
+_BUFFER_BYTES, _SMALLEST_BUFFER_BYTES = 1 << 30, 4 << 20
+_PROCESSES_BYTES = 120 << 20  # Python and libraries, of this process and of the child
+
+
+class ImportanceNeeded(ExportError):
+    """The type is noise without an importance matrix, and there is none or it does not name every tensor."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,7 @@ def quantize_gguf(
     """Write the GGUF model `source` (the first part, where it is split) to the one file `target` as `type`.
 
     `type` is a name of QUANT_TYPES; `tensor_types` (tensor -> name of TENSOR_TYPES) goes before it.
-    `threads`: None for all processors. `memory`: bytes; buffers take a third of them. `requantize`: also from
+    `threads`: None for all processors. `memory`: bytes; buffers take what it leaves. `requantize`: also from
     quantized weights. Raises ExportError before anything is written where that can be known; OSError for a
     full disk, which `Target` explains; ModelFileError. Nothing is left running after an error or Ctrl-C.
     """
@@ -154,13 +159,21 @@ def _request(
         target=os.fspath(target),
         ftype=QUANT_TYPES[name],
         threads=threads or _processors(),
-        buffer_bytes=_BUFFER_BYTES if memory is None else max(1 << 20, min(_BUFFER_BYTES, memory // 3)),
+        buffer_bytes=_buffer_bytes(file, memory),
         requantize=requantize,
         only_dry=False,
         types=_overrides(file, name, tensor_types or {}),
         metadata=metadata,
         importance=matrices,
     )
+
+
+def _buffer_bytes(file: ModelFile, memory: int | None) -> int:
+    """What llama.cpp's buffers may take: it maps a tensor at a time, beside the two processes' own memory."""
+    if memory is None:
+        return _BUFFER_BYTES
+    largest = max((tensor.nbytes for tensor in file.tensors), default=0)
+    return max(_SMALLEST_BUFFER_BYTES, min(_BUFFER_BYTES, memory - _PROCESSES_BYTES - largest))
 
 
 def _processors() -> int:
@@ -296,12 +309,12 @@ def _check_planned(
         if not needs_importance(name, kind, mixture):
             continue
         if importance is None:
-            raise ExportError(
+            raise ImportanceNeeded(
                 f"{mixture} needs an importance matrix: {name} becomes {kind}, which is noise without one. Give "
                 "a text like what the model will read with --calibration, or a matrix with --importance."
             )
         if name not in importance.sums:
-            raise ExportError(
+            raise ImportanceNeeded(
                 f"{mixture} needs the importance of {name}, which becomes {kind}, but the matrix "
                 f"{importance.origin} does not name it. Gather one with --calibration, or give another type."
             )

@@ -224,7 +224,7 @@ def test_the_curve_is_measured_and_drawn(tmp_path, monkeypatch):
     importance = gather_importance(model, PAGE, context=CONTEXT, threads=1)
     chooser = measure(model, PAGE, importance, num_bytes=10**6, context=CONTEXT, threads=1)
     before = sorted(tmp_path.iterdir())
-    points = measure_curve(model, PAGE * 2, importance, chooser, tmp_path, threads=1)
+    points = measure_curve(model, PAGE * 2, importance, chooser.choose, tmp_path, threads=1)
     assert sorted(tmp_path.iterdir()) == before
     assert [(p.series, p.label) for p in points[:4]] == [
         (series, type) for series in (PLAIN, WEIGHTED) for type in ("Q3_K_M", "Q4_K_M")

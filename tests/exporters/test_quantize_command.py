@@ -1,6 +1,7 @@
 """`edgeinfer quantize`, as it is typed."""
 
 import json
+import shutil
 from xml.etree import ElementTree
 
 import gguf
@@ -67,11 +68,16 @@ def test_the_matrix_is_kept_and_used_again(run, model, tmp_path):
 def test_auto_with_a_picture(run, model, tmp_path, monkeypatch):
     monkeypatch.setattr("edgeinfer.exporters.curve.STOCK", ("Q4_K_M",))
     monkeypatch.setattr("edgeinfer.exporters.curve.AUTO_AT", ("Q4_K_M",))
-    monkeypatch.setattr("edgeinfer.cli.quantize._SMALLEST_DRAWN_BITS", 5)  # below 4, slow types are measured too
+    monkeypatch.setattr("edgeinfer.cli.quantize_job._SMALLEST_DRAWN_BITS", 5)  # below 4, slow types are measured too
+    monkeypatch.setattr("edgeinfer.exporters.trials._MOST_CHOICES", 1)
+    monkeypatch.setattr("edgeinfer.exporters.trials._LEAST_CHOICES", 1)
     options = ("--quant", "auto", "--size", "30%", "--calibration", PAGE, "--check", PAGE)
     facts = json.loads(run(model, "-o", "out.gguf", *options, "--picture", "p.svg", "--json"))
     assert facts["target_bytes"] <= facts["size_asked_for"] == int(0.3 * facts["source_bytes"])
     assert facts["predicted_divergence"] > 0 and len(facts["curve"]) == 3
+    assert facts["calibration_loss_difference_error"] > 0
+    assert "loss_difference" not in facts["perplexity"]["before"]
+    assert facts["perplexity"]["after"]["loss_difference_error"] < facts["perplexity"]["after"]["error"]
     assert ElementTree.parse(tmp_path / "p.svg").getroot().tag.endswith("svg")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.gguf", "p.svg"]
 
@@ -123,3 +129,20 @@ def test_a_quantized_model(run, tmp_path):
     assert "is quantized already" in run(story, "-o", "out.gguf", "--quant", "Q4_K_M", code=1)
     shown = run(story, "-o", "out.gguf", "--quant", "Q4_K_M", "--requantize", "--check", PAGE)
     assert "Perplexity on 255 tokens: " in shown and " before, " in shown and shown.strip().endswith("after")
+
+
+def test_a_comparison_that_finds_no_room_is_an_error(run, model, tmp_path, monkeypatch):
+    """A type without the matrix is left out only where it cannot be made."""
+    facts = json.loads(
+        run(model, "-o", "a.gguf", "--quant", "Q2_K_S", "--calibration", PAGE, "--check", "--json")
+    )
+    assert set(facts["perplexity"]) == {"before", "after"}
+    usage = shutil.disk_usage
+
+    def full(folder):
+        return usage(folder)._replace(free=1000) if ".edgeinfer-" in str(folder) else usage(folder)
+
+    monkeypatch.setattr("edgeinfer.exporters.quantize.shutil.disk_usage", full)
+    said = run(model, "-o", "b.gguf", "--quant", "Q4_0", "--calibration", PAGE, "--check", code=1)
+    assert "The disk is too full" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["a.gguf"]
