@@ -201,15 +201,20 @@ def _torch_logits(
 def _check_onnx_of_checkpoint(
     source: TorchModel, result: OnnxModel, text: str, progress: Progress
 ) -> CheckReport:
-    tokens = source.tokenize(text) or _random_tokens(source.vocabulary)
-    tokens = tokens[: _positions(source)]
     with closing(result):
         result.open()
-        found = result.run(result.token_inputs(tokens))
+        if result.reads_text:
+            tokens = source.tokenize(text) or _random_tokens(source.vocabulary)
+            tokens = tokens[: _positions(source)]
+            feeds, given = result.token_inputs(tokens), {"input_ids": np.array([tokens])}
+        else:
+            tokens, feeds = [], result.made_inputs()
+            given = feeds
+        found = result.run(feeds)
     progress(0.4)
     with closing(source):
         source.open(headless="logits" not in found)
-        expected = source.outputs(tokens)
+        expected = source.outputs(given)
     report = _compare_outputs(
         source, result, [{name: expected[name] for name in expected if name in found}], [found]
     )

@@ -13,6 +13,7 @@ from edgeinfer.errors import ExportError
 from edgeinfer.onnx.graph import read_onnx
 from edgeinfer.onnx.ports import Port, check_feeds, make_port, show_shape
 from edgeinfer.onnx.runtime import explained, session_options
+from edgeinfer.streams.state import find_state, zero_state
 from edgeinfer.system import default_threads
 
 #: Operators whose weights or inputs are integers that stand for real numbers.
@@ -28,6 +29,7 @@ _QUANTIZED_STARTS = (
 )
 # Of what may vary: lengths; colours, height and width of pictures
 _SIZE, _CHANNELS, _IMAGE_SIZE = 8, 3, 64
+_SIZES = (_SIZE, 64, 256, 512, 1024, 4096)  # a model of sound wants a window of it at least
 #: Through these an index stays the index that it is.
 _PASSES_ON = ("Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Transpose")
 
@@ -63,6 +65,10 @@ class OnnxModel:
         return [make_port(port.name, port.type, port.shape) for port in self._session.get_inputs()]
 
     @property
+    def _outputs(self) -> list[Port]:
+        return [make_port(port.name, port.type, port.shape) for port in self._session.get_outputs()]
+
+    @property
     def output_names(self) -> list[str]:
         return [port.name for port in self._session.get_outputs()]
 
@@ -79,13 +85,31 @@ class OnnxModel:
             raise ExportError(f"{error} (inputs: {shapes}). Give inputs that it takes.") from error
         return dict(zip(self.output_names, found))
 
-    def made_inputs(self, seed: int = 0) -> dict[str, np.ndarray]:
+    def made_inputs(self, seed: int = 0, size: int = _SIZE) -> dict[str, np.ndarray]:
         """Inputs of the declared shapes and types: the same random numbers every time, indices in their
-        table's range.
+        table's range. Lengths that may vary are `size`.
         """
         rows = _rows_looked_up(ModelProto.FromString(self.file.skeleton).graph)
         rng = np.random.default_rng(seed)
-        return {port.name: _made(port, rng, rows.get(port.name)) for port in self.inputs}
+        state = find_state(self.inputs, self._outputs, {})
+        return {
+            port.name: _made(port, rng, rows.get(port.name), size, port.name in state) for port in self.inputs
+        }
+
+    def fitting_inputs(self) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """(inputs, outputs) of the shortest made inputs that the model takes. ExportError: it takes none."""
+        problem = None
+        for size in _SIZES:
+            feeds = self.made_inputs(size=size)
+            try:
+                return feeds, self.run(feeds)
+            except ExportError as error:
+                problem = problem or error
+        raise ExportError(f"{problem} A .npz file or a folder of them can be given with --calibration.")
+
+    @property
+    def reads_text(self) -> bool:
+        return any(port.name == "input_ids" for port in self.inputs)
 
     def token_inputs(self, tokens: Sequence[int]) -> dict[str, np.ndarray]:
         """Feeds for one sequence and an empty cache, by the names that exporters give to inputs."""
@@ -111,8 +135,10 @@ def _empty_cache(port: Port) -> np.ndarray:
     return np.zeros(sizes)
 
 
-def _made(port: Port, rng: np.random.Generator, rows: int | None) -> np.ndarray:
-    shape = [_size(size, axis, len(port.shape)) for axis, size in enumerate(port.shape)]
+def _made(port: Port, rng: np.random.Generator, rows: int | None, length: int, is_state: bool) -> np.ndarray:
+    shape = [_size(size, axis, len(port.shape), length) for axis, size in enumerate(port.shape)]
+    if is_state:  # what varies is the batch, or tokens that are past
+        shape = list(zero_state(port).shape)
     if port.dtype.kind == "f":
         return rng.standard_normal(shape).astype(port.dtype)
     if port.dtype.kind == "b" or "mask" in port.name:
@@ -124,13 +150,13 @@ def _made(port: Port, rng: np.random.Generator, rows: int | None) -> np.ndarray:
     )
 
 
-def _size(size: int | str | None, axis: int, rank: int) -> int:
+def _size(size: int | str | None, axis: int, rank: int, length: int) -> int:
     """A size for one that may vary. "past + now" is the sum of both."""
     if isinstance(size, int) and size > 0:
         return size
     if isinstance(size, str) and "+" in size:
         parts = [part.strip() for part in size.split("+")]
-        return sum(int(part) if part.isdigit() else _size(part, axis, rank) for part in parts)
+        return sum(int(part) if part.isdigit() else _size(part, axis, rank, length) for part in parts)
     name = str(size or "").lower()
     if "past" in name:
         return 0
@@ -138,7 +164,7 @@ def _size(size: int | str | None, axis: int, rank: int) -> int:
         return 1
     if rank == 4:
         return _CHANNELS if axis == 1 else _IMAGE_SIZE
-    return _SIZE
+    return length
 
 
 def _rows_looked_up(graph: GraphProto) -> dict[str, int]:

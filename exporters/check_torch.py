@@ -49,7 +49,10 @@ class TorchModel:
     @property
     def most_positions(self) -> int | None:
         found = self._text_config.get("max_position_embeddings")
-        return found if isinstance(found, int) else None
+        if not isinstance(found, int):
+            return None
+        padding = self._text_config.get("pad_token_id")  # RoBERTa and its kind count positions from behind it
+        return found if self.writes_text else max(1, found - (padding or 0) - 1)
 
     @property
     def vocabulary(self) -> int | None:
@@ -122,17 +125,17 @@ class TorchModel:
         self._model = None
         gc.collect()  # modules refer to each other in circles
 
-    def outputs(self, tokens: Sequence[int]) -> dict[str, np.ndarray]:
+    def outputs(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Every output that is a tensor, float32, by its name."""
         with self._torch.inference_mode(), self._explained("compute with the weights of"):
-            found = self._model(self._torch.tensor([list(tokens)]))
+            found = self._model(**{name: self._torch.tensor(array) for name, array in inputs.items()})
         tensors = {name: value for name, value in found.items() if isinstance(value, self._torch.Tensor)}
         return {name: value.float().numpy() for name, value in tensors.items()}
 
     def logits(self, tokens: Sequence[int]) -> tuple[np.ndarray, bool]:
         """(float32 (positions, vocabulary), whether gelu is used that llama.cpp rounds)."""
         with self._rounding(None, frozenset()) as seen:
-            return self.outputs(tokens)["logits"][0], seen.gelu
+            return self.outputs({"input_ids": np.array([tokens])})["logits"][0], seen.gelu
 
     def rounded_logits(self, tokens: Sequence[int], precision: str, kept: set[tuple[int, int]]) -> np.ndarray:
         """The same where matrices and what they are multiplied by are rounded to `precision`, but for those
@@ -140,7 +143,7 @@ class TorchModel:
         """
         types = {"F32": self._torch.float32, "F16": self._torch.float16, "BF16": self._torch.bfloat16}
         with self._rounding(types[precision], kept):
-            return self.outputs(tokens)["logits"][0]
+            return self.outputs({"input_ids": np.array([tokens])})["logits"][0]
 
     def _rounding(self, dtype: Any, kept: frozenset | set) -> Any:
         torch, functional = self._torch, self._torch.nn.functional

@@ -45,6 +45,15 @@ QUANTS = {
     "INT8_TENSORRT": "the same with symmetric ranges, as TensorRT wants them",
     "INT4": "weights of matrix products in 4 bits",
 }
+#: Other names that people know them by.
+_ALIASES = {
+    "FLOAT32": "F32",
+    "FP32": "F32",
+    "FLOAT16": "F16",
+    "FP16": "F16",
+    "INT8_DYNAMIC": "INT8",
+    "MATMULNBITS": "INT4",
+}
 _KINDS_OF_NUMBERS = {
     onnx.TensorProto.INT64,
     onnx.TensorProto.INT32,
@@ -122,8 +131,14 @@ def _written(job: _Job, path: Path) -> Written:
     return written
 
 
+def find_quant(name: str) -> str:
+    """A key of QUANTS, however it is written; a name that is not known as it is."""
+    plain = name.upper().replace("-", "_")
+    return _ALIASES.get(plain, plain)
+
+
 def _check_quant(quant: str | None, calibration: str | Path | None) -> str | None:
-    known = quant.upper().replace("-", "_") if quant is not None else None
+    known = find_quant(quant) if quant is not None else None
     if known is not None and known not in QUANTS:
         raise ExportError(f"--quant {quant} is not for ONNX. Expected one of {', '.join(QUANTS)}.")
     if known in STATIC_FORMS and calibration is None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,17 +30,24 @@ from edgeinfer.onnx.runtime import explained, session_options
 
 #: Scales for each channel are written for operators of this version.
 OPSET = 13
+_WARNINGS, _FATAL_ONLY = 2, 4  # ONNX Runtime's severities; the first is its default
 _OPERATORS = ["Conv", "ConvTranspose", "Gemm", "MatMul"]
 
 
 @dataclass(frozen=True)
 class StaticForm:
-    """`symmetric`: activations are int8 around zero, as TensorRT wants it; else uint8, which loses less."""
+    """`symmetric`: activations are int8 around zero; else uint8, which loses less.
+
+    `integer_biases`: biases are int32, else float32.
+    ."""
 
     symmetric: bool
+    integer_biases: bool
 
 
-FORMS = {"INT8_STATIC": StaticForm(symmetric=False), "INT8_TENSORRT": StaticForm(symmetric=True)}
+#: TensorRT takes int8 with a zero point of zero only, and refuses DequantizeLinear of int32:
+#: https://docs.nvidia.com/deeplearning/tensorrt/latest/ (inference library, explicit quantization)
+FORMS = {"INT8_STATIC": StaticForm(False, True), "INT8_TENSORRT": StaticForm(True, False)}
 
 
 def quantize_static(
@@ -59,26 +67,25 @@ def quantize_static(
     _name_nodes(graph.proto)
     write_onnx(graph, floats)
     reader = CalibrationData(calibration, _ports(floats, source))
-    disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with explained(f"{source}, quantizing it", ExportError), contextlib.redirect_stdout(io.StringIO()):
-            quantize(
-                str(floats),
-                str(result),
-                reader,
-                quant_format=QuantFormat.QDQ,
-                op_types_to_quantize=_OPERATORS,
-                per_channel=standard_opset(graph.proto) >= OPSET,
-                activation_type=QuantType.QInt8 if form.symmetric else QuantType.QUInt8,
-                weight_type=QuantType.QInt8,
-                nodes_to_exclude=_grouped_transposed(graph.proto),
-                use_external_data_format=True,
-                calibrate_method=CalibrationMethod.MinMax,
-                extra_options={"ActivationSymmetric": form.symmetric, "WeightSymmetric": True},
-            )
-    finally:
-        logging.disable(disabled)
+    with explained(f"{source}, quantizing it", ExportError), _quiet():
+        quantize(
+            str(floats),
+            str(result),
+            reader,
+            quant_format=QuantFormat.QDQ,
+            op_types_to_quantize=_OPERATORS,
+            per_channel=standard_opset(graph.proto) >= OPSET,
+            activation_type=QuantType.QInt8 if form.symmetric else QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+            nodes_to_exclude=_grouped_transposed(graph.proto),
+            use_external_data_format=True,
+            calibrate_method=CalibrationMethod.MinMax,
+            extra_options={
+                "ActivationSymmetric": form.symmetric,
+                "WeightSymmetric": True,
+                "QuantizeBias": form.integer_biases,
+            },
+        )
     quantized = open_onnx(result)
     count = _count_quantized(quantized.proto)
     if count == 0:
@@ -89,6 +96,20 @@ def quantize_static(
     quantized.proto.ClearField("metadata_props")
     quantized.proto.metadata_props.extend(graph.proto.metadata_props)
     return quantized, count
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the lines that the library and its sessions, whose settings it makes itself, write."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    ort.set_default_logger_severity(_FATAL_ONLY)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        ort.set_default_logger_severity(_WARNINGS)
+        logging.disable(disabled)
 
 
 def _count_quantized(model: ModelProto) -> int:

@@ -92,10 +92,10 @@ LOOP = (
 )
 
 
-@pytest.mark.parametrize("quant, limit", [(None, 1e-6), ("F16", 5e-3), ("INT8", 0.1), ("INT4", 0.3)])
+@pytest.mark.parametrize("quant, limit", [(None, 1e-6), ("F16", 5e-3), ("INT8", 0.1), ("INT4", 0.5)])
 def test_loops(quant, limit, tmp_path):
     """One weight is the body's own, the other is captured from outside."""
-    source = save(tmp_path / "m.onnx", LOOP, {"w": weight(64, 64), "one": np.array(1)})
+    source = save(tmp_path / "m.onnx", LOOP, {"w": weight(64, 64, scale=0.2), "one": np.array(1)})
     model = onnx.load(source)
     body = next(a.g for node in model.graph.node for a in node.attribute if a.name == "body")
     body.initializer.append(numpy_helper.from_array(weight(64, 64), "inner"))
@@ -135,8 +135,9 @@ def test_branches_whose_weights_have_one_name(quant, limit, tmp_path):
 @pytest.mark.parametrize("quant", [None, "F16", "INT8", "INT4"])
 def test_equal_weights_of_branches_are_there_once(quant, tmp_path):
     _, target = export(_branches(tmp_path / "m.onnx", same=True), quant)
-    found = check_layout(target)
-    assert len({tensor.name for tensor, *_ in found}) * 2 >= len(found) > len({place for _, place, _ in found})
+    assert len({place for _, place, _ in check_layout(target)}) == 1
+    pages = {None: 4, "F16": 2, "INT8": 1, "INT4": 1}[quant]
+    assert (tmp_path / f"{quant}.onnx.data").stat().st_size == pages * 4096
 
 
 def test_a_weight_that_several_operators_use(tmp_path):
@@ -299,15 +300,15 @@ print(peak() - before)
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("quant", ["", "F16", "INT8", "INT4"])
 def test_memory_is_that_of_a_weight(quant, tmp_path):
-    """Eight weights of 32 MiB, one of which the optimizer transposes."""
+    """Twelve weights of 32 MiB, one of which the optimizer transposes."""
     size = 2896
-    weights = {f"w{i}": np.zeros((size, size), np.float32) for i in range(8)}
-    steps = " ".join(f"a{i + 1} = MatMul(a{i}, w{i})" for i in range(7))
+    weights = {f"w{i}": np.zeros((size, size), np.float32) for i in range(12)}
+    steps = " ".join(f"a{i + 1} = MatMul(a{i}, w{i})" for i in range(11))
     text = f"""<ir_version: 8, opset_import: ["" : 17]> g (float[n, {size}] a0) => (float[n, {size}] y) {{
-      {steps} t = Transpose(w7) y = MatMul(a7, t) }}"""
+      {steps} t = Transpose(w11) y = MatMul(a11, t) }}"""
     place = {"save_as_external_data": True, "location": "m.data"}
     source = save(tmp_path / "m.onnx", text, weights, **place)
     del weights
     command = [sys.executable, "-c", _MEASURE, source, tmp_path / "out.onnx", quant]
     found = subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
-    assert int(found.stdout) < 200, "MiB more than before, for 256 MiB of weights"
+    assert int(found.stdout) < 250, "MiB more than before, for 384 MiB of weights"

@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import onnx
 import pytest
+from onnx import TensorProto
 from onnx_layout import check_layout
 from real_onnx import MODELS, differences, feeds_of, needs_data, outputs, page, session
 
@@ -110,6 +111,9 @@ def test_static(name, quant, error, tmp_path):
             assert np.argmax(before[0]) == np.argmax(after[0])
     zeros = _zero_points(path)
     assert all(zero == 0 for zero in zeros) == (quant == "INT8_TENSORRT")
+    types = _dequantized_types(path)
+    expected = {"INT8_TENSORRT": {TensorProto.INT8}, "INT8_STATIC": {TensorProto.INT8, TensorProto.INT32}}
+    assert types == expected[quant] or name == "magika" and types <= expected[quant]
 
 
 def _zero_points(path):
@@ -117,6 +121,14 @@ def _zero_points(path):
     values = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     quantizers = [node for node in model.graph.node if node.op_type == "QuantizeLinear"]
     return [int(values[node.input[2]]) for node in quantizers]
+
+
+def _dequantized_types(path):
+    """Of the weights and biases: TensorRT refuses int32."""
+    model = onnx.load(path, load_external_data=False)
+    types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    nodes = [node for node in model.graph.node if node.op_type == "DequantizeLinear"]
+    return {types[node.input[0]] for node in nodes if node.input[0] in types}
 
 
 def test_static_leaves_what_the_library_cannot_do(tmp_path):
