@@ -25,8 +25,8 @@ from edgeinfer.model import Model, Stats, load
 
 __version__ = "0.1.0"
 
-# ONNX Runtime reports its use to its makers and keeps an identifier in the user's cache folder, from the moment
-# it is imported, unless this is set before. Nobody asked for that; who wants it sets the variable to 0.
+# ONNX Runtime reports its use to its makers and keeps an identifier in the user's cache folder, from the
+# moment it is imported, unless this is set before. Nobody asked for that; who wants it sets it to 0.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 __all__ = [

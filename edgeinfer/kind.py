@@ -10,7 +10,7 @@ _MOST_IR_VERSION = 64
 
 
 def model_kind(path: str | os.PathLike) -> str:
-    """ "onnx" or "gguf". A file that is neither is left to the reader that its name asks for, which says so."""
+    """ "onnx" or "gguf". A file that is neither is left to the reader of its name's kind, which says so."""
     named = "onnx" if os.fspath(path).endswith(".onnx") else "gguf"
     try:
         with open(path, "rb") as file:

@@ -78,7 +78,7 @@ def run_onnx(request: OnnxRequest) -> None:
         if part is None or kind is not None:
             click.echo(_text(result, kind, findings))
         if kind is not None and result.batch > 1:
-            click.echo(f"Shown is the first of a batch of {result.batch}; -o OUT.npz has all outputs.", err=True)
+            say(f"Shown is the first of a batch of {result.batch}; -o OUT.npz has all outputs.")
         click.echo(_closing_line(model, result), err=True)
 
 
@@ -95,7 +95,8 @@ class _Result:
         """Of how many inputs the outputs are; 1 where that is not known."""
         if self.sound is not None or not self.fed.arrays:
             return 1
-        sizes = {array.shape[0] if array.ndim else 1 for array in (*self.arrays.values(), *self.fed.arrays.values())}
+        arrays = (*self.arrays.values(), *self.fed.arrays.values())
+        sizes = {array.shape[0] if array.ndim else 1 for array in arrays}
         return sizes.pop() if len(sizes) == 1 else 1
 
 
@@ -175,7 +176,9 @@ def _write_picture(
     from edgeinfer.outputs.drawing import draw_boxes
 
     if kind is None and result.fed.picture is None:
-        raise InputError("Boxes are drawn on the picture that was given, and none was. Give -o a .npz or .json.")
+        raise InputError(
+            "Boxes are drawn on the picture that was given, and none was. Give -o a .npz or .json."
+        )
     if result.fed.picture is None or kind not in ("boxes", "regions"):
         raise InputError(
             "Only what finds boxes in a picture can be drawn: no form says that of this model. Give --form, "

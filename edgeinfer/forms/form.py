@@ -25,8 +25,8 @@ class PictureInput:
     """An input that takes a picture: values are (pixel * scale - mean) / std, pixels being 0 to 255.
 
     `fit`: how a picture gets the model's height and width: "stretch", "crop" (fill, cut the middle), "pad"
-    (whole, in the middle, with `padding` pixels around). `multiple`, `longest`: for models of any size, sides are
-    multiples of the one and at most the other.
+    (whole, in the middle, with `padding` pixels around). `multiple`, `longest`: for models of any size, sides
+    are multiples of the one and at most the other.
     """
 
     channels: str = "rgb"

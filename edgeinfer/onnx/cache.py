@@ -18,13 +18,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from edgeinfer.budget import format_size
-from edgeinfer.errors import EngineError
+from edgeinfer.errors import EngineError, ModelFileError
 from edgeinfer.remembered import cache_folder
 
 MANIFEST = "manifest.json"
 SEAL = "seal.json"
 SEALED_BYTES = 1 << 20  # files up to this size are read and compared at each use, larger ones by their size
 MOST_BYTES = 64 << 30
+FULL_BYTES = 64 << 20  # a disk with less free has no room for what could not be written
 MOST_SHARE = 0.2  # of the disk
 _SPARE = 0.05  # of what an entry needs
 
@@ -96,7 +97,8 @@ def _make(key: str, make: Callable[[Path], None]) -> Entry:
     place, beside = root() / key, root() / f"{key}.{secrets.token_hex(4)}.part"
     beside.mkdir()
     try:
-        make(beside)
+        with _room_explained():
+            make(beside)
         (beside / SEAL).write_text(json.dumps(_seal(beside)))
         for path in beside.iterdir():
             _flush(path)
@@ -106,6 +108,21 @@ def _make(key: str, make: Callable[[Path], None]) -> Entry:
         shutil.rmtree(beside, ignore_errors=True)
     _flush(root())
     return Entry(place)
+
+
+@contextmanager
+def _room_explained() -> Iterator[None]:
+    """Whatever says that nothing can be written says why, where others filled the disk meanwhile."""
+    try:
+        yield
+    except (EngineError, ModelFileError) as error:
+        free = shutil.disk_usage(root()).free
+        if free >= FULL_BYTES:
+            raise
+        raise EngineError(
+            f"The disk became full while the model was prepared in {root()}: {format_size(free)} are free. Make "
+            "room there, or set XDG_CACHE_HOME to a folder on another disk."
+        ) from error
 
 
 def make_room(needed_bytes: int) -> None:

@@ -188,10 +188,11 @@ class Pipeline:
         return data.crop(corners)
 
     def open_share(self, frames: int) -> dict[str, float]:
-        """{gated stage: the part of the stream that it ran on}; `frames`: how many there were, where it is one
-        of frames."""
+        """{gated stage: the part of the stream that it ran on}; `frames`: how many there were, where there is
+        no sound."""
         if self.on_sound:
-            return {name: gate.open_samples / gate.samples for name, gate in self.gates.items() if gate.samples}
+            gates = {name: gate for name, gate in self.gates.items() if gate.samples}
+            return {name: gate.open_samples / gate.samples for name, gate in gates.items()}
         gated = [name for name, description in self._described.items() if description.gate is not None]
         return {name: self.streams[name].steps / frames for name in gated} if frames else {}
 
@@ -215,8 +216,8 @@ def open_pipeline(
     provider: str | None = None,
     say: Callable[[str], None] | None = None,
 ) -> Pipeline:
-    """Open the models of `stages`, in order. `rate`: gives that of the sound, for models that take several. See
-    edgeinfer.engines.onnx.open_onnx for the options; models that are small compute on one thread unless
+    """Open the models of `stages`, in order. `rate`: gives that of the sound, for models that take several.
+    See edgeinfer.engines.onnx.open_onnx for the options; models that are small compute on one thread unless
     `threads` says otherwise. Raises ModelFileError, BudgetError, InputError."""
     from edgeinfer.engines.onnx import open_onnx
 

@@ -50,7 +50,10 @@ def wav_source(
     samples = max(1, piece * header.format.rate // rate)
     unknown = header.nbytes >= _ENDLESS and header.nbytes > file.seek(0, 2) - header.offset
     file.seek(header.offset)
-    pieces = _raw_pieces(file, header.format, samples, path) if unknown else read_pieces(file, header, samples)
+    if unknown:
+        pieces = _raw_pieces(file, header.format, samples, path)
+    else:
+        pieces = read_pieces(file, header, samples)
     if change:
         pieces = resampled(pieces, header.format.rate, rate)
     return _closing(pieces, file)

@@ -179,7 +179,7 @@ def test_nothing_is_prepared_for_a_budget_that_the_process_fills(tmp_path, cache
     pytest.importorskip("edgeinfer._native", reason="needs the C extension")
     weight = numpy_helper.from_array(np.zeros((64, 64), np.float32), "weight")
     path = save_product(tmp_path, weight, "", "MatMul")
-    with pytest.raises(BudgetError, match="too small for this model: the process alone holds .* --memory"):
+    with pytest.raises(BudgetError, match="the smallest that works is above the .* --memory"):
         open_onnx(path, memory="10MiB")
     assert not list((cache / "edgeinfer" / "onnx").iterdir())
 

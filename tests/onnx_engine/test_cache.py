@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("fcntl", reason="needs file locks")
 
-from edgeinfer.errors import EngineError
+from edgeinfer.errors import EngineError, ModelFileError
 from edgeinfer.onnx import cache
 from edgeinfer.onnx.identity import content_digest, entry_key
 
@@ -180,6 +180,20 @@ def test_a_full_disk_is_said_before_anything_is_made(monkeypatch):
         EngineError, match=r"takes about 2.10 GiB in .*, which has 1.00 GiB free. Make room .*XDG_CACHE_HOME"
     ):
         cache.find_or_make(KEY, 2 << 30, must_not_be_called)
+
+
+def test_a_disk_that_others_fill_meanwhile(folder, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    free = [1 << 30]
+    monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: usage(100 << 30, 99 << 30, free[0]))
+
+    def make(part):
+        free[0] = 1 << 20
+        raise ModelFileError("Failed to write external initializers")
+
+    with pytest.raises(EngineError, match=r"became full while .*: 1.00 MiB are free. Make room .*XDG_CACHE_HOME"):
+        cache.find_or_make(KEY, 1000, make)
+    assert not list(folder.iterdir())
 
 
 def test_a_cache_folder_that_cannot_be(tmp_path, monkeypatch):
