@@ -2,7 +2,7 @@
 
 The predicted divergence leaves out what a rounding happens to do to the probabilities of the right tokens,
 which can be as large, for better or worse. Each choice is written, and its loss on the calibration text is
-compared with the source's, token by token. The difference is trusted as far as all of them together show more
+compared with the source's, token by token. The difference is trusted as far as near-equal choices differ by more
 than chance.
 """
 
@@ -128,10 +128,12 @@ class Trials:
 def best_trial(trials: Sequence[Trial]) -> Trial:
     """The trial that is expected to lose least on other texts of the kind.
 
-    Its prediction, moved towards what was measured by the share of the squared differences between the two
-    that is not the measurement's own error (James and Stein's estimate).
+    Its prediction, moved towards what was measured by the share of the spread that is not the measurement's own
+    error (James and Stein's estimate); the spread of the near choices, since what all of them share says
+    nothing about which is best.
     """
-    excess = np.array([trial.loss.mean - trial.choice.divergence for trial in trials])
-    noise = np.mean([trial.loss.error**2 for trial in trials])
-    trust = max(0.0, 1.0 - noise / max(float(np.mean(excess**2)), 1e-30))
+    near = [trial for trial in trials if trial.stock is None]
+    spread = np.var([trial.loss.mean - trial.choice.divergence for trial in near])
+    noise = np.mean([trial.loss.error**2 for trial in near])
+    trust = max(0.0, 1.0 - float(noise / max(spread, 1e-30)))
     return min(trials, key=lambda t: t.choice.divergence + trust * (t.loss.mean - t.choice.divergence))

@@ -1,5 +1,7 @@
 """The choices that `--quant auto` tries as files, and which of them it takes."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from stories import ROOT
@@ -32,10 +34,19 @@ def test_chance_is_not_taken_for_a_gain():
     assert best_trial(noisy) is noisy[0]
 
 
-def test_few_differences_are_larger_than_chance():
-    """The first is predicted worst by far; half of what was measured more is not enough for it."""
-    mixed = [trial(0.020, 0.000, 0.0141), trial(0.008, 0.009, 0.0141), trial(0.009, 0.009, 0.0141)]
-    assert best_trial(mixed) is mixed[1]
+def test_what_all_choices_share_says_nothing_about_which_is_best():
+    """A divergence may be predicted too large by far (experts that change), for all of them alike."""
+    shared = [trial(0.030, 0.0021, 0.002), trial(0.031, 0.0023, 0.002), trial(0.032, 0.0019, 0.002)]
+    assert best_trial(shared) is shared[0]
+
+
+def test_the_stock_type_wins_where_measured_losses_can_be_trusted():
+    stock = trial(0.020, 0.003, 1e-4), trial(0.020, 0.003, 0.01)
+    near = [trial(0.010, 0.012, 1e-4), trial(0.011, 0.008, 1e-4), trial(0.012, 0.013, 1e-4)]
+    sure, unsure = replace(stock[0], stock="Q4_K_M"), replace(stock[1], stock="Q4_K_M")
+    assert best_trial([*near, sure]) is sure
+    noisy = [replace(t, loss=LossDifference(t.loss.mean, 0.01)) for t in near]
+    assert best_trial([*noisy, unsure]) is noisy[0]
 
 
 def test_differences_are_of_the_same_tokens():
