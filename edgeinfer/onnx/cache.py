@@ -120,8 +120,8 @@ def _room_explained() -> Iterator[None]:
         if free >= FULL_BYTES:
             raise
         raise EngineError(
-            f"The disk became full while the model was prepared in {root()}: {format_size(free)} are free. Make "
-            "room there, or set XDG_CACHE_HOME to a folder on another disk."
+            f"The disk became full while the model was prepared in {root()}: {format_size(free)} are free. "
+            "Make room there, or set XDG_CACHE_HOME to a folder on another disk."
         ) from error
 
 

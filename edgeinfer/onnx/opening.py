@@ -134,8 +134,8 @@ def _maker(
         held = process_memory().rss_bytes
         if held >= budget:  # nothing is prepared for minutes that cannot run then
             raise BudgetError(
-                f"The budget of {format_size(budget)} is too small for this model: the smallest that works is "
-                f"above the {format_size(held)} that the process holds without it. Raise --memory."
+                f"The budget of {format_size(budget)} is too small for this model: the smallest that works "
+                f"is above the {format_size(held)} that the process holds without it. Raise --memory."
             )
         if say:
             size = format_size(int(file.weights_bytes * 2.1))

@@ -29,8 +29,8 @@ def run_pipeline(
     """Feed `source` to `pipeline`, give the steps to `consume`, and say how it went.
 
     `late`, `depth`, `seconds_of`: see edgeinfer.streams.feeder.Feeder. `live`: latency counts from when a
-    piece came, not from when computing began. Ctrl-C ends the stream as its end does, and is raised again when
-    everything is done, with the report as its argument.
+    piece came, not from when computing began. Ctrl-C ends the stream as its end does, and is raised again
+    when everything is done, with the report as its argument.
     """
     latencies: list[float] = []
     taken = 0

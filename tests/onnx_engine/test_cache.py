@@ -191,7 +191,7 @@ def test_a_disk_that_others_fill_meanwhile(folder, monkeypatch):
         free[0] = 1 << 20
         raise ModelFileError("Failed to write external initializers")
 
-    with pytest.raises(EngineError, match=r"became full while .*: 1.00 MiB are free. Make room .*XDG_CACHE_HOME"):
+    with pytest.raises(EngineError, match=r"became full while .*: 1.00 MiB are free. .*XDG_CACHE_HOME"):
         cache.find_or_make(KEY, 1000, make)
     assert not list(folder.iterdir())
 
