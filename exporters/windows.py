@@ -11,12 +11,12 @@ from pathlib import Path
 import llama_cpp
 import numpy as np
 
-from edgeinfer.budget import default_budget
+from edgeinfer.budget import default_budget, format_size
 from edgeinfer.engines.gguf import GGUFEngine
 from edgeinfer.engines.inmemory import plan_without_streaming
 from edgeinfer.engines.llama import LlamaContext, LlamaModel
 from edgeinfer.engines.opening import Prepared
-from edgeinfer.errors import ExportError
+from edgeinfer.errors import BudgetError, ExportError
 from edgeinfer.exporters.nodes import Tap
 from edgeinfer.modelfile import ModelFile, read_model_file
 from edgeinfer.plan import Plan
@@ -94,7 +94,16 @@ def scoring_engine(
     file.check_can_generate()
     budget, threads = memory or default_budget(), threads or default_threads()
     attention = {"flash_attention": False, "float32_cache": True} if exact else {"flash_attention": None}
-    engine = _open(file, context, budget, threads, tap, in_memory or not streaming_support(), attention)
+    try:
+        engine = _open(file, context, budget, threads, tap, in_memory or not streaming_support(), attention)
+    except BudgetError as error:
+        if error.smallest_bytes is None:
+            raise
+        raise BudgetError(
+            f"{format_size(budget)} of memory are too few to compute with {path}: the smallest that works is "
+            f"{format_size(error.smallest_bytes)} ({error.smallest_bytes} bytes). Raise --memory.",
+            error.smallest_bytes,
+        ) from error
     try:
         if tap is not None:
             tap.active = True

@@ -103,7 +103,7 @@ def test_auto_with_a_picture(run, model, tmp_path, monkeypatch):
             ["--quant", "Q8_0", "--picture", "p.png", "--check"],
             "expected a name that ends in .svg, found 'p.png'",
         ),
-        (["--quant", "Q8_0", "--memory", "1MiB", "--check"], "1.00 MiB"),
+        (["--quant", "Q8_0", "--memory", "1MiB", "--check"], "1.00 MiB of memory are too few to compute with"),
     ],
 )
 def test_what_cannot_be_done_is_said_and_nothing_is_left(run, model, tmp_path, options, words):
