@@ -39,7 +39,7 @@ class StaticForm:
     """`symmetric`: activations are int8 around zero; else uint8, which loses less.
 
     `integer_biases`: biases are int32, else float32.
-    ."""
+    """
 
     symmetric: bool
     integer_biases: bool

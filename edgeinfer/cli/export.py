@@ -63,7 +63,7 @@ class Job:
 @click.option(
     "--check", is_flag=True, help="Run source and result on the same input; fail where they differ."
 )
-@click.option("--memory", metavar="SIZE", help="Stay within 2GiB, 1500M, 50% ... Writing takes some 200 MiB.")
+@click.option("--memory", metavar="SIZE", help="Stay within 2GiB, 1500M, 50% ... GGUF takes some 200 MiB.")
 @click.option("--force", is_flag=True, help="Replace OUT if it is there.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @termination_interrupts()
@@ -120,8 +120,6 @@ def _job(
         raise ExportError(f"{target} is the source itself. Give another -o.")
     if calibration is not None and not Path(calibration).exists():
         raise ExportError(f"{calibration} does not exist. --calibration wants a text or, for ONNX, data.")
-    if format_ == "onnx" and memory is not None and not check:
-        raise ExportError("ONNX is written a weight at a time, and --memory does not bound it. Leave it out.")
     if format_ == "onnx" and size is not None:
         raise ExportError("--size is for GGUF. Leave it out.")
     type_ = _gguf_type(quant, size, calibration) if format_ == "gguf" else quant
@@ -238,7 +236,10 @@ def _lay_out(job: Job, quantized: Path, part: Path) -> None:
 def _export_onnx(job: Job) -> tuple[dict[str, Any], list[str]]:
     """What --json prints, and what the check says to people."""
     from edgeinfer.exporters.onnx_export import export_onnx
+    from edgeinfer.exporters.onnx_memory import require_memory
 
+    if job.memory is not None:
+        require_memory(job.source, job.type, job.memory)
     started = time.monotonic()
     facts: dict[str, Any] = {"source": str(job.source), "target": str(job.target)}
     checked: list[str] = []
