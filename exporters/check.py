@@ -27,6 +27,8 @@ from edgeinfer.exporters.check_report import (
     limit_for,
 )
 from edgeinfer.exporters.onnx_calibration import CalibrationData
+from edgeinfer.exporters.hyperparameters import complete_config, unseen_window
+from edgeinfer.exporters.mapping import find_mapping
 from edgeinfer.exporters.perplexity import negative_log_probability
 
 if TYPE_CHECKING:
@@ -112,6 +114,8 @@ def _check_gguf(
 ) -> CheckReport:
     tokens, mismatch, notes = _tokens(source, result, text)
     tokens = tokens[: _positions(source, result)]
+    if (window := _unseen_window(source)) and window < len(tokens):
+        tokens, notes = tokens[:window], (*notes, f"up to the sliding window of {window:,} tokens")
     if len(tokens) < 2:
         raise ExportError(f"The text has {len(tokens)} tokens, expected 2 at least. Give a longer one.")
     precision = less_precise(source.precision, result.precision)
@@ -144,6 +148,14 @@ def _positions(*models: TorchModel | GGUFModel) -> int:
     fitting = _LOGITS_BYTES // (4 * max(model.vocabulary or 1 for model in models))
     known = [model.most_positions for model in models if model.most_positions]
     return max(2, min(_MOST_POSITIONS, fitting, *known))
+
+
+def _unseen_window(source: TorchModel | GGUFModel) -> int | None:
+    """Beyond it the export says that results differ."""
+    if isinstance(source, GGUFModel):
+        return None
+    mapping = find_mapping(source.config)
+    return unseen_window(mapping, complete_config(mapping, source.config))
 
 
 def _random_tokens(vocabulary: int | None) -> list[int]:

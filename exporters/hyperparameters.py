@@ -106,12 +106,20 @@ def sliding_layers(values: Mapping[str, Any], pattern: str | int) -> list[bool]:
     return [kind == _SLIDING for kind in types]
 
 
-def window_notes(mapping: ArchitectureMapping, values: Mapping[str, Any]) -> list[str]:
-    """What it means that llama.cpp has no sliding window for an architecture whose model has one."""
+def unseen_window(mapping: ArchitectureMapping, values: Mapping[str, Any]) -> int | None:
+    """Tokens of a sliding window that the model has and llama.cpp, in this architecture, has not."""
     window, context = values.get("sliding_window"), count("max_position_embeddings", values)
     types = values.get("layer_types")
     slides = values.get("use_sliding_window", True) and (not isinstance(types, list) or _SLIDING in types)
     if not mapping.full_attention or not slides or type(window) is not int or not 0 < window < context:
+        return None
+    return window
+
+
+def window_notes(mapping: ArchitectureMapping, values: Mapping[str, Any]) -> list[str]:
+    """What `unseen_window` means."""
+    window = unseen_window(mapping, values)
+    if window is None:
         return []
     return [
         f"the model attends to the last {window:,} tokens, llama.cpp to all of them in this architecture: "

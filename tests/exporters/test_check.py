@@ -159,6 +159,15 @@ def test_mixtures_of_experts_are_judged_by_the_median(exported, type):
 # ---- wrong ones fail -------------------------------------------------------------------------------------
 
 
+def test_a_sliding_window_that_llama_cpp_has_not_is_where_comparing_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr(vocabulary, "read_vocabulary", plain_vocabulary)
+    tiny_checkpoint(tmp_path / "tiny", "mistral", sliding_window=64)
+    export_gguf(tmp_path / "tiny", tmp_path / "tiny.gguf")
+    report = check(tmp_path / "tiny", tmp_path / "tiny.gguf")
+    assert report.passed and report.positions == 64
+    assert report.notes[-1] == "up to the sliding window of 64 tokens"
+
+
 def test_a_weight_that_is_off_by_a_thousandth(exported, tmp_path):
     source, result = exported("llama")
     wrong = changed(result, tmp_path / "wrong.gguf", "blk.1.ffn_down.weight", lambda values: values * 1.001)
