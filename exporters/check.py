@@ -85,7 +85,7 @@ def check(
 
 
 def require_memory(source: Path, memory: int | None) -> None:
-    """BudgetError where `check` will not be able to compute `source`: to be known before an export is written.
+    """BudgetError where `check` cannot compute `source`: to be known before an export is written.
 
     ONNX and GGUF models are mapped or streamed, and need no more than they get.
     """

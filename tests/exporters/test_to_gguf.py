@@ -55,42 +55,6 @@ def test_a_sliding_window_that_llama_cpp_does_not_have_is_said(tmp_path, llama):
 # ---- tensors ---------------------------------------------------------------------------------------------
 
 
-def test_a_config_that_ties_an_output_matrix_of_its_own(tmp_path):
-    """The logits are those of transformers, which believes the weights."""
-    tiny = tiny_checkpoint(tmp_path / "tiny", "llama")
-    _change_config(tiny.folder, tie_word_embeddings=True)
-    model = transformers.AutoModelForCausalLM.from_pretrained(tiny.folder, dtype=torch.float32).eval()
-    with torch.no_grad():
-        expected = model(torch.tensor([tiny.tokens])).logits[0].numpy()
-    report = export_gguf(tiny.folder, tmp_path / "out.gguf")
-    found = llama_logits(tmp_path / "out.gguf", tiny.tokens)
-    assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
-    assert "the checkpoint holds another one, which is used" in report.notes[0]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_tied_output_matrix_that_is_stored_too_is_written_once(tmp_path, llama, dtype):
-    def change(tensors):
-        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].to(dtype, copy=True)
-
-    _change_config(llama, tie_word_embeddings=True)
-    _change_tensors(llama, change)
-    report = export_gguf(llama, tmp_path / "out.gguf")
-    names = {tensor.name for tensor in read_model_file(tmp_path / "out.gguf").tensors}
-    assert "token_embd.weight" in names and "output.weight" not in names and not report.notes
-
-
-def test_gemma2_has_no_output_matrix_of_its_own(tmp_path):
-    folder = tiny_checkpoint(tmp_path / "tiny", "gemma2").folder
-
-    def change(tensors):
-        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
-
-    _change_tensors(folder, change)
-    with pytest.raises(ExportError, match="'lm_head.weight' is not the token embedding, .* no other output"):
-        export_gguf(folder, tmp_path / "out.gguf")
-
-
 def test_names_cannot_write_to_the_terminal(tmp_path, llama):
     _change_tensors(llama, lambda tensors: tensors.update({"a\x1b[31mb": torch.zeros(2)}))
     with pytest.raises(ExportError) as caught:
