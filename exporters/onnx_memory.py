@@ -19,8 +19,8 @@ _OF_A_WEIGHT, _OF_AN_INT8_WEIGHT, _OF_A_MODEL = 1, 2, 4  # times its bytes in fl
 
 
 def needed_bytes(source: Path, quant: str | None) -> int:
-    """About the bytes that exporting `source` (an ONNX file or a checkpoint folder) takes, without --check: what
-    cannot be given back to the system, pages of mapped files not counted.
+    """About the bytes that exporting `source` (an ONNX file or a checkpoint folder) takes, without --check;
+    pages of mapped files, which the system takes back when it needs them, are not counted.
     """
     from edgeinfer.exporters.onnx_decoder import is_decoder
 

@@ -74,8 +74,8 @@ class DecoderPorts:
                 or "no cache that comes out again"
             )
             raise ModelFileError(
-                f"{file.path} is not a decoder that can be run: expected {', '.join(_KNOWN)} and pairs of past "
-                f"and present, found {found}."
+                f"{file.path} is not a decoder that can be run: expected {', '.join(_KNOWN)} and pairs of "
+                f"past and present, found {found}."
             )
         logits = next((port for port in outputs if port.name == "logits"), outputs[0])
         return cls(caches, pairs, others, logits)
@@ -122,8 +122,8 @@ class DecoderEngine:
         self._load_seconds = time.perf_counter() - started
 
     def _make_room(self) -> None:
-        """Learn what batches of a prompt take at the end of the context, where they take most, so that none is
-        a surprise. The larger they are, the seldomer weights are read for a prompt, and the fewer can stay.
+        """Learn what batches of a prompt take at the end of the context, where they take most, so that none
+        is a surprise. The larger they are, the seldomer weights are read for a prompt, and the fewer stay.
         """
         if self.mode != "streaming":
             return

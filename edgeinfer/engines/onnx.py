@@ -97,9 +97,9 @@ class OnnxModel:
     ) -> dict[str, OrtValue]:
         """The `outputs` by name, for inputs that are read where they lie: nothing is checked or copied.
 
-        An output is written into the value that is given for it (which may be an input too, where the operators
-        allow it), or into a new one, None. Inputs that have a default (`defaults`) may be left out. Raises what
-        `run` raises.
+        An output is written into the value that is given for it (which may be an input too, where the
+        operators allow it), or into a new one, None. Inputs that have a default (`defaults`) may be left
+        out. Raises what `run` raises.
         """
         with self._running:
             runner = self._opened()
@@ -111,9 +111,9 @@ class OnnxModel:
     def make_room(
         self, passes: Sequence[Mapping[str, OrtValue]], outputs: Mapping[str, OrtValue | None]
     ) -> int:
-        """See to it that passes with these inputs, the largest first, and smaller ones fit the budget; gives the
-        bytes that they take besides weights. BudgetError where they do not fit. What is in bound values may
-        change.
+        """See to it that passes with these inputs, the largest first, and smaller ones fit the budget; gives
+        the bytes that they take besides weights. BudgetError where they do not fit. What is in bound values
+        may change.
         """
         with self._running:
             self._note_peak()

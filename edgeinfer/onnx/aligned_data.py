@@ -1,8 +1,8 @@
 """The data file of a stage with every part at a page.
 
-ONNX Runtime writes rearranged weights one behind the other, wherever the last one ends. But a kernel may have
-laid out what is in them by the address of its memory (4 and 8 bits with zero points: from the next multiple of
-64 bytes on), and computes nonsense where the file is mapped at another one.
+ONNX Runtime writes rearranged weights one behind the other, wherever the last one ends. But a kernel may
+have laid out what is in them by the address of its memory (4 and 8 bits: from the next multiple of 64 bytes
+on), and computes nonsense where the file is mapped at another one.
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import onnx
 
-# Tensors handed over at a good cut: a residual stream is one; cosines, sines, lengths and masks are others, two
-# kinds of each in models with two kinds of layers.
+# Tensors handed over at a good cut: a residual stream is one; cosines, sines, lengths and masks are others,
+# two of each in models with two kinds of layers.
 NARROW = 8
 
 

@@ -1,4 +1,4 @@
-"""Weights in few bits with zero points: their kernels lay them out by the address of the memory they are in."""
+"""Weights in few bits: their kernels lay them out by the address of the memory that they are in."""
 
 import gc
 
