@@ -8,7 +8,7 @@ for weights then.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -26,15 +26,25 @@ from edgeinfer.onnx.stages import Stages, blocks_of
 from edgeinfer.remembered import remembered
 
 _MIB = 1 << 20
-_SLACK = 6 * _MIB  # what comes and goes: allocator fragments, thread stacks, Python objects
+_SLACK = 8 * _MIB  # what comes and goes: allocator fragments, thread stacks, Python objects
 _LEAST_ACTIVATIONS = 8 * _MIB  # what any input is given room for
 _FIRST_SESSION_BYTES = 8 * _MIB  # code and tables of ONNX Runtime that are touched; measured
 _SESSION_BYTES = _MIB // 4  # of each stage, besides its graph; measured
 
-Shapes = tuple[tuple[int, ...], ...]
+Case = tuple[tuple[str, tuple[int, ...]], ...]  # shapes of inputs by their names; outputs that are bound
 Sizes = Mapping[str, tuple[int, ...]]  # of inputs, by their names
 Compute = Callable[[], dict[str, Any]]
 _NONE: Mapping[str, None] = MappingProxyType({})
+
+
+@dataclass(frozen=True)
+class _Taken:
+    """Bytes that a pass takes besides weights. `working`: while it computes; `kept`: results, which the
+    caller may hold.
+    """
+
+    working: int
+    kept: int = 0
 
 
 class StagedModel:
@@ -57,7 +67,8 @@ class StagedModel:
         self._key = f"{entry.folder.name} {threads}"
         self._armed: OnnxPlan | None = None
         self._woken = False  # idle weights were looked at after the first pass
-        self._activations: dict[Shapes, int] = {}  # what each input that was seen takes, its results too
+        self._taken: dict[Case, _Taken] = {}  # what each input that was seen takes
+        self._left = 0  # bytes that inputs which were refused have left in the arena
         blocks = blocks_of(prepared)
         overhead = _expected_overhead(entry.folder, prepared, blocks)
         least = self._make_plan(blocks, len(prepared.stages), overhead, measuring=True)
@@ -91,7 +102,7 @@ class StagedModel:
             return results[0]
 
         self._learn(_sizes(passes[0]), compute, outputs)
-        return max(self._activations.values())
+        return self._activations()
 
     @property
     def defaults(self) -> frozenset[str]:
@@ -112,24 +123,40 @@ class StagedModel:
         """Plan for inputs that are larger than those before: what they take is measured, unless that is kept
         from an earlier time. What `compute` gave, where it was run for that.
         """
-        shapes = tuple(sizes[name] for name in sorted(sizes))
-        if any(_covers(known, shapes) for known in self._activations):
+        case = _case(sizes, bound)
+        if any(_covers(known, case) for known in self._taken):
             return None
-        measured: list[Any] = []
+        measured: list[tuple[_Taken, Any]] = []
 
         def measure() -> int:
-            nbytes, results = self._measure(sizes, compute, bound)
-            measured.append(results)
-            return nbytes
+            measured.append(self._measure(sizes, compute, bound))
+            taken = measured[0][0]
+            return taken.working + taken.kept
 
-        key = f"onnx activations {self._key} {shapes}"
         try:
-            self._activations[shapes] = remembered(key, measure, kind=int)
+            # Behind other inputs, it is not what this one takes by itself.
+            is_first = not self._taken and not self._left
+            key = f"onnx activations {self._key} {case}"
+            total = remembered(key, measure, kind=int) if is_first else measure()
+            self._taken[case] = measured[0][0] if measured else _Taken(total)
             self.plan = self._plan()
         except BudgetError:
-            self._activations.pop(shapes, None)  # smaller inputs may still fit
+            self._taken.pop(case, None)  # smaller inputs may still fit
+            self._count_left()
             raise
-        return measured[0] if measured else None
+        return measured[0][1] if measured else None
+
+    def _count_left(self) -> None:
+        """The arena does not shrink: what a refused input has made of it is counted from now on."""
+        self._armed = None
+        self._stages.disarm()
+        most = self._budget - self._plan(measuring=True).ledger.total + _LEAST_ACTIVATIONS
+        self._left = min(most, max(self._left, process_memory().rss_bytes - self._opened_bytes()))
+        self.plan = self._plan()
+
+    def _opened_bytes(self) -> int:
+        """What the process held once the model was opened."""
+        return self._overhead["interpreter"] + self._overhead["sessions"]
 
     def _run(self, plan: OnnxPlan, sizes: Sizes, compute: Compute) -> Any:
         if self._armed is not plan:
@@ -145,23 +172,23 @@ class StagedModel:
 
     def _measure(
         self, sizes: Sizes, compute: Compute, bound: Mapping[str, OrtValue | None]
-    ) -> tuple[int, Any]:
+    ) -> tuple[_Taken, Any]:
         """(bytes besides weights and what an opened model holds, outputs) of a pass that keeps as little
         as it can. Outputs that the caller has memory for, `bound`, are not counted.
 
-        The arena holds what earlier passes took, which is therefore added.
+        What the arena holds of earlier passes is added: at most what those took.
         """
         plan = self._plan(measuring=True)
         self._armed = None
         self._stages.disarm()
         before = process_memory().rss_bytes
+        arena = min(self._working(), max(0, before - self._opened_bytes()))
         reset_peak()
         results = self._run(plan, sizes, compute)
         more = process_memory().peak_rss_bytes - before - (plan.ledger.total - plan.overhead_bytes)
         own = [value for name, value in results.items() if bound.get(name) is None]
         # The caller may keep these until the next ones, which need not find the place of those before.
-        kept = 2 * sum(map(_num_bytes, own))
-        return max(0, more) + kept + max(self._activations.values(), default=0), results
+        return _Taken(max(0, more) + arena, 2 * sum(map(_num_bytes, own))), results
 
     def _too_large(self, sizes: Sizes) -> BudgetError:
         shapes = ", ".join(f"{name} {list(shape)}" for name, shape in sizes.items())
@@ -173,9 +200,15 @@ class StagedModel:
 
     def _plan(self, measuring: bool = False) -> OnnxPlan:
         """For the inputs that were seen; before the first one, as if it took little."""
-        activations = max([_LEAST_ACTIVATIONS, *(() if measuring else self._activations.values())])
+        activations = _LEAST_ACTIVATIONS if measuring else max(_LEAST_ACTIVATIONS, self._activations())
         overhead = dict(self._overhead, activations=activations)
         return self._make_plan(self._stages.blocks, self._stages.num_stages, overhead, measuring)
+
+    def _working(self) -> int:
+        return max([self._left, *(taken.working for taken in self._taken.values())])
+
+    def _activations(self) -> int:
+        return self._working() + max((taken.kept for taken in self._taken.values()), default=0)
 
     def _make_plan(
         self, blocks: Sequence[Block], num_stages: int, overhead: Mapping[str, int], measuring: bool
@@ -204,11 +237,16 @@ def _num_bytes(value: np.ndarray | OrtValue) -> int:
     return value.nbytes if isinstance(value, np.ndarray) else value.numpy().nbytes
 
 
-def _covers(known: Shapes, shapes: Shapes) -> bool:
-    """Whether inputs of `shapes` need no more than those of `known` did."""
-    return len(known) == len(shapes) and all(
-        len(one) == len(other) and all(a >= b for a, b in zip(one, other))
-        for one, other in zip(known, shapes)
+def _case(sizes: Sizes, bound: Mapping[str, OrtValue | None]) -> Case:
+    given = [name for name in sorted(bound) if bound[name] is not None]
+    return (*((name, tuple(sizes[name])) for name in sorted(sizes)), *((f"> {name}", ()) for name in given))
+
+
+def _covers(known: Case, case: Case) -> bool:
+    """Whether inputs of `case` need no more than those of `known` did."""
+    return len(known) == len(case) and all(
+        name == other_name and len(one) == len(other) and all(a >= b for a, b in zip(one, other))
+        for (name, one), (other_name, other) in zip(known, case)
     )
 
 

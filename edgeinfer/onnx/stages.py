@@ -28,6 +28,7 @@ from edgeinfer.onnx.runtime import explained
 from edgeinfer.onnx.stage_files import StageFiles, open_stage, page_ranges
 
 _RESIDENT, _STREAMED, _ROWS = 0, 1, 2  # block_kind of native/pager.h
+_NO_ARENA_BYTES = 1 << 20
 _one_load = threading.Lock()  # mappings of a session are told from others by what was there before
 
 
@@ -48,6 +49,7 @@ class Stages:
         self._last_use = _last_uses(prepared.stages)
         self._defaults: list[frozenset[str]] = []  # of each stage: inputs that need not be given
         self._pager: _native.Pager | None = None
+        self._counting = threading.Lock()  # another thread may look at the counters
         self._ring: _native.Arena | None = None
         self._plan: OnnxPlan | None = None
         self._idle: list[Block] = []
@@ -143,10 +145,11 @@ class Stages:
 
     def disarm(self) -> None:
         """Drop all weights that are in memory. The next thing to do is `arm`."""
-        pager, self._pager = self._pager, None
-        if pager is not None:
-            self._count(pager)
-            pager.close()
+        with self._counting:
+            pager, self._pager = self._pager, None
+            if pager is not None:
+                self._count(pager)
+                pager.close()
         self._ring = None
         for block in self.blocks:
             if self._plan is not None and block.name not in self._plan.streamed:
@@ -277,9 +280,10 @@ class Stages:
 
     def statistics(self) -> dict[str, float]:
         """The pager's counters, of all plans since the start."""
-        now = self._pager.statistics() if self._pager is not None else {}
         names = ("read_bytes", "resident_bytes", "wait_seconds", "busy_seconds")
-        return {name: self._read_before.get(name, 0) + now.get(name, 0) for name in names}
+        with self._counting:
+            now = self._pager.statistics() if self._pager is not None else {}
+            return {name: self._read_before.get(name, 0) + now.get(name, 0) for name in names}
 
     def _count(self, pager: _native.Pager) -> None:
         for name, value in pager.statistics().items():
@@ -287,7 +291,9 @@ class Stages:
 
     def close(self) -> None:
         self.disarm()
-        self._sessions.clear()
+        with _one_load:  # mappings that go while others are looked for would be taken for theirs
+            self._sessions.clear()
+            _share_arena(_NO_ARENA_BYTES)  # else the last one stays, with all that it holds, until the next
 
 
 class StaleEntry(EngineError):
@@ -308,10 +314,13 @@ def blocks_of(prepared: Prepared) -> list[Block]:
 
 
 def _rows(block: Block, indices: ort.OrtValue) -> np.ndarray:
-    """The rows that `indices` look up; those outside are for ONNX Runtime to refuse."""
+    """The rows that `indices` look up, cast to 32 bits first or not; those outside are for ONNX Runtime to
+    refuse.
+    """
     table = block.table
     num_rows = table.nbytes // table.row_bytes
-    wanted = np.unique(indices.numpy().astype(np.int64, copy=False))
+    exact = np.unique(indices.numpy().astype(np.int64, copy=False))
+    wanted = np.union1d(exact, exact.astype(np.int32))
     wanted = np.where(wanted < 0, wanted + num_rows, wanted)
     return wanted[(wanted >= 0) & (wanted < num_rows)].astype(np.int32)
 

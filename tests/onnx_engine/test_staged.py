@@ -2,6 +2,7 @@
 
 import gc
 import re
+import threading
 
 import numpy as np
 import pytest
@@ -104,6 +105,7 @@ def smallest_budget(path):
 
 
 def test_the_smallest_budget_works_and_less_is_refused(model):
+    opened(model, LITTLE).close()  # prepared: before that, nothing smaller is tried
     with open_onnx(model, memory=smallest_budget(model) + 2 * MIB, threads=THREADS) as staged:
         assert_same(staged.run(tokens(1)), stock_outputs(model, tokens(1)))
     with pytest.raises(BudgetError):
@@ -117,6 +119,68 @@ def test_an_input_beyond_the_budget_is_refused_and_smaller_ones_still_run(float_
         ):
             staged.run(tokens(96, 64))
         assert_same(staged.run(tokens(1)), stock_outputs(float_model, tokens(1)))
+
+
+def test_lengths_that_grow_take_no_more_than_the_longest_alone(cache, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    path = encoder_file(tmp_path, FLOAT)
+    taken = []
+    for lengths in ((320,), range(8, 328, 8)):
+        with opened(path, 80 * MIB) as staged:
+            for length in lengths:
+                found = staged.run(tokens(1, length))
+            taken.append(staged.plan.ledger.entries["activations"])
+        assert_same(found, stock_outputs(path, tokens(1, 320)))
+        (tmp_path / "cache" / "edgeinfer" / "measured.json").unlink()
+    assert taken[1] < 1.5 * taken[0]
+
+
+def test_what_a_refused_input_leaves_is_counted(float_model):
+    expected = stock_outputs(float_model, tokens(1))
+    with opened(float_model, 80 * MIB) as staged:
+        staged.run(tokens(1))
+        before = staged.plan.ledger.entries["resident_weights"]
+        for length in (800, 900, 1200):
+            with pytest.raises(BudgetError, match="too small for this input"):
+                staged.run(tokens(1, length))
+        for _ in range(2):
+            assert_same(staged.run(tokens(1)), expected)
+        assert staged.plan.ledger.entries["resident_weights"] < before
+        assert process_memory().rss_bytes <= staged.plan.budget_bytes
+
+
+def test_closing_gives_back_what_inputs_took(float_model):
+    with opened(float_model, 80 * MIB) as staged:
+        before = process_memory().rss_bytes
+        staged.run(tokens(16, 32))
+        assert staged.plan.ledger.entries["activations"] > 20 * MIB
+    gc.collect()
+    give_back_memory()
+    assert process_memory().rss_bytes < before + 4 * MIB
+
+
+def test_counters_may_be_looked_at_while_plans_change(float_model):
+    stopped, problems = threading.Event(), []
+
+    def look():
+        while not stopped.is_set():
+            try:
+                staged.statistics()
+            except Exception as error:
+                problems.append(error)
+
+    with opened(float_model, 80 * MIB) as staged:
+        watchers = [threading.Thread(target=look) for _ in range(2)]
+        for watcher in watchers:
+            watcher.start()
+        try:
+            for length in range(8, 40, 4):
+                staged.run(tokens(1, length))
+        finally:
+            stopped.set()
+            for watcher in watchers:
+                watcher.join()
+    assert problems == []
 
 
 def test_what_inputs_take_is_kept(float_model):
