@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnxruntime as ort
 
@@ -36,6 +37,7 @@ def optimize(file: OnnxFile, to: Path) -> onnx.ModelProto:
     with explained(file.path, ModelFileError):
         ort.InferenceSession(file.skeleton, options, providers=["CPUExecutionProvider"])
     model = onnx.ModelProto.FromString(read_onnx(to, data_of=file.path).skeleton)
+    make_dense(model.graph)
     add_types(model, file, to.parent)
     return model
 
@@ -55,8 +57,24 @@ def as_it_is(file: OnnxFile, folder: Path) -> onnx.ModelProto:
             weight.name = node.output[0]
         else:
             model.graph.node.append(node)
+    make_dense(model.graph)
     add_types(model, file, folder)
     return model
+
+
+def make_dense(graph: onnx.GraphProto) -> None:
+    """Sparse weights become weights like others: ONNX Runtime cannot write sparse ones rearranged."""
+    for sparse in graph.sparse_initializer:
+        values, indices = (onnx.numpy_helper.to_array(part) for part in (sparse.values, sparse.indices))
+        dense = np.zeros(tuple(sparse.dims), values.dtype)
+        where = indices if indices.ndim == 1 else np.ravel_multi_index(tuple(indices.T), dense.shape)
+        dense.reshape(-1)[where] = values
+        graph.initializer.append(onnx.numpy_helper.from_array(dense, sparse.values.name))
+    del graph.sparse_initializer[:]
+    for node in graph.node:
+        for attribute in node.attribute:
+            for subgraph in [*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs]:
+                make_dense(subgraph)
 
 
 def without_weights(folder: Path) -> ort.SessionOptions:

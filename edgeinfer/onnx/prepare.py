@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -30,7 +31,7 @@ from edgeinfer.onnx.weight_uses import WeightUses, mapped_ranges
 
 Progress = Callable[[float], None]
 
-_OPTIMIZED = "edgeinfer-optimized.onnx"
+_OPTIMIZED = f"edgeinfer-{secrets.token_hex(8)}.onnx"  # no file that a model refers to has its name
 _PIECEWISE = (
     "Its stages were optimized one by one, as optimizing the whole graph takes more memory than there is: "
     "its outputs "

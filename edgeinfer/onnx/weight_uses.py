@@ -78,7 +78,7 @@ class WeightUses:
             return None
         makers = {output: maker for maker in self._graph.node for output in maker.output}
         name = node.input[index_input]
-        while name in makers and makers[name].op_type in ("Cast", "Identity"):
+        while name in makers and _keeps_indices(makers[name]):
             name = makers[name].input[0]
         return name if name in self._inputs else None
 
@@ -119,6 +119,13 @@ def _whole_pages(offset: int, nbytes: int) -> tuple[int, int]:
 
 def _is_rearranged(tensor: onnx.TensorProto) -> bool:
     return any(entry.key.startswith("prepacked") for entry in tensor.external_data)
+
+
+def _keeps_indices(node: onnx.NodeProto) -> bool:
+    """Whether indices are the same behind this node, or those outside 32 bits wrapped."""
+    to = next((attribute.i for attribute in node.attribute if attribute.name == "to"), 0)
+    wide = to in (onnx.TensorProto.INT32, onnx.TensorProto.INT64)
+    return node.op_type == "Identity" or (node.op_type == "Cast" and wide)
 
 
 def _has_subgraph(node: onnx.NodeProto) -> bool:
