@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import closing
@@ -17,7 +18,7 @@ import edgeinfer
 from edgeinfer.budget import format_size
 from edgeinfer.cli.chat import chat
 from edgeinfer.cli.progress import ProgressLine
-from edgeinfer.errors import PromptError
+from edgeinfer.errors import ModelFileError, PromptError
 from edgeinfer.kind import model_kind
 from edgeinfer.system import STREAMING_OFF, streaming_support
 
@@ -108,6 +109,8 @@ def run(
     Without MODEL, the small story writer that comes with edgeinfer. A model with a chat template answers the
     prompt, any other continues it.
     """
+    if model is not None and not os.path.exists(model):  # before anything is said of options for its kind
+        raise ModelFileError(f"{model}: there is no such file. Check the path of the model.")
     if model is not None and model_kind(model) == "onnx" and not _writes(model, onnx["given"]):
         _refuse(WRITING, "a model that writes", f"{model} does not")
         _run_onnx(model, prompt, memory, threads, as_json, onnx)
