@@ -109,8 +109,6 @@ def run(
     Without MODEL, the small story writer that comes with edgeinfer. A model with a chat template answers the
     prompt, any other continues it.
     """
-    if model is not None and not os.path.exists(model):  # before anything is said of options for its kind
-        raise ModelFileError(f"{model}: there is no such file. Check the path of the model.")
     if model is not None and model_kind(model) == "onnx" and not _writes(model, onnx["given"]):
         _refuse(WRITING, "a model that writes", f"{model} does not")
         _run_onnx(model, prompt, memory, threads, as_json, onnx)
@@ -148,6 +146,9 @@ def _refuse(names: Sequence[str], owner: str, why: str) -> None:
     for parameter in context.command.params:
         given = context.get_parameter_source(parameter.name) is not ParameterSource.DEFAULT
         if given and parameter.name in names:
+            model = context.params.get("model")
+            if model is not None and not os.path.exists(model):  # its name alone does not tell its kind
+                raise ModelFileError(f"{model}: there is no such file. Check the path of the model.")
             raise click.UsageError(f"{parameter.opts[-1]} is for {owner}; {why}.")
 
 

@@ -450,10 +450,9 @@ def test_options_of_the_other_kind_of_model():
     assert result.returncode == 2 and b"--input is for an ONNX model; no MODEL was given" in result.stderr
 
 
-@pytest.mark.parametrize("options", [["-n", 5], ["--input", "x.npy"]])
-def test_a_model_that_is_not_there_is_said_before_its_options_are_judged(options, tmp_path):
-    for name in ("none.onnx", "none.gguf"):
-        assert f"{name}: there is no such file" in error_of(run(tmp_path / name, *options))
+@pytest.mark.parametrize(("name", "options"), [("none.onnx", ["-n", 5]), ("none.gguf", ["--input", "x.npy"])])
+def test_a_model_that_is_not_there_is_said_before_its_options_are_judged(name, options, tmp_path):
+    assert f"{name}: there is no such file" in error_of(run(tmp_path / name, *options))
 
 
 def test_a_result_is_not_replaced_unasked(tmp_path):
