@@ -150,7 +150,7 @@ class StagedModel:
         """The arena does not shrink: what a refused input has made of it is counted from now on."""
         self._armed = None
         self._stages.disarm()
-        most = self._budget - self._plan(measuring=True).ledger.total + _LEAST_ACTIVATIONS
+        most = self._budget - self._plan(measuring=True).ledger.total + _LEAST_ACTIVATIONS - self._kept()
         self._left = min(most, max(self._left, process_memory().rss_bytes - self._opened_bytes()))
         self.plan = self._plan()
 
@@ -208,7 +208,10 @@ class StagedModel:
         return max([self._left, *(taken.working for taken in self._taken.values())])
 
     def _activations(self) -> int:
-        return self._working() + max((taken.kept for taken in self._taken.values()), default=0)
+        return self._working() + self._kept()
+
+    def _kept(self) -> int:
+        return max((taken.kept for taken in self._taken.values()), default=0)
 
     def _make_plan(
         self, blocks: Sequence[Block], num_stages: int, overhead: Mapping[str, int], measuring: bool
