@@ -132,7 +132,7 @@ def test_lengths_that_grow_take_no_more_than_the_longest_alone(cache, tmp_path, 
             taken.append(staged.plan.ledger.entries["activations"])
         assert_same(found, stock_outputs(path, tokens(1, 320)))
         (tmp_path / "cache" / "edgeinfer" / "measured.json").unlink()
-    assert taken[1] < 1.5 * taken[0]
+    assert taken[1] < taken[0] + 16 * MIB  # the results of all lengths are 26 MiB, twice
 
 
 def test_what_a_refused_input_leaves_is_counted(float_model):
