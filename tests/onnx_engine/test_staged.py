@@ -268,14 +268,14 @@ def test_wrong_inputs_are_named(float_model):
 def test_a_prepared_file_that_changes_ends_the_run(cache, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     path = encoder_file(tmp_path, FLOAT)
-    with opened(path, LITTLE) as staged:
+    with opened(path, 58 * MIB) as staged:
         staged.run(tokens(1))
         data = sorted((tmp_path / "cache").rglob("stage-*.data"))
         with open(data[3], "r+b") as file:
             file.truncate(100)
         with pytest.raises(ReadError, match="prepared files .* could not be used any more"):
             staged.run(tokens(1))
-    with opened(path, LITTLE) as staged:  # it was noticed, and is prepared again
+    with opened(path, 58 * MIB) as staged:  # it was noticed, and is prepared again
         assert_same(staged.run(tokens(1)), stock_outputs(path, tokens(1)))
 
 
@@ -284,7 +284,7 @@ def test_preparing_says_what_it_takes_and_how_far_it_is(tmp_path, monkeypatch):
     path = encoder_file(tmp_path, FLOAT)
     said, done = [], []
     for _ in range(2):
-        with opened(path, LITTLE, say=said.append, progress=done.append):
+        with opened(path, 58 * MIB, say=said.append, progress=done.append):
             assert done == sorted(done) and done[-1] == 1 and len(done) > 4
         done.clear()
     assert len(said) == 1
