@@ -9,7 +9,7 @@ from pathlib import Path
 from edgeinfer.onnx.cache import MANIFEST
 from edgeinfer.onnx.stage_files import StageFiles
 
-FORMAT = 6  # of what is written; another number is another entry of the cache
+FORMAT = 7  # of what is written; another number is another entry of the cache
 _FEW_STAGES, _MANY_STAGES = 24, 96
 _SMALL_STAGE_BYTES, _LARGE_STAGE_BYTES = 2 << 20, 16 << 20
 
