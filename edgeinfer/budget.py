@@ -171,17 +171,23 @@ def _lines(path: Path) -> list[str]:
 
 @dataclass(frozen=True)
 class ProcessMemory:
-    """Memory of this process that is in RAM, now and at its peak (bytes; file-backed pages count too)."""
+    """Memory of this process that is in RAM, now and at its peak (bytes; file-backed pages count too).
+
+    `file_bytes`: the file-backed part of what is held now, which the system takes away when memory is short; 0
+    where it is not told.
+    """
 
     rss_bytes: int
     peak_rss_bytes: int
+    file_bytes: int = 0
 
 
 def process_memory() -> ProcessMemory:
     """From VmRSS and VmHWM of /proc/self/status; from psutil where there is no /proc."""
     status = _fields(_PROC / "self/status")
     if "VmRSS" in status and "VmHWM" in status:
-        return ProcessMemory(status["VmRSS"] * 1024, max(status["VmRSS"], status["VmHWM"]) * 1024)
+        peak = max(status["VmRSS"], status["VmHWM"])
+        return ProcessMemory(status["VmRSS"] * 1024, peak * 1024, status.get("RssFile", 0) * 1024)
     info = psutil.Process().memory_info()
     return ProcessMemory(info.rss, max(info.rss, getattr(info, "peak_wset", 0)))
 

@@ -52,6 +52,7 @@ def open_model(
     say: Say | None = None,
 ) -> tuple[OnnxFile, Opened]:
     """See edgeinfer.engines.onnx.open_onnx."""
+    code_bytes = process_memory().file_bytes
     file = read_onnx(path)
     choice = choose_provider(provider)
     budget = default_budget() if memory is None else memory if isinstance(memory, int) else parse_size(memory)
@@ -69,7 +70,7 @@ def open_model(
         choice = replace(
             choose_provider("cpu"), reason=f"{choice.name} needs the whole model within the budget."
         )
-    return file, _open_staged(file, budget, threads or default_threads(), choice, progress, say)
+    return file, _open_staged(file, budget, threads or default_threads(), choice, code_bytes, progress, say)
 
 
 def plan_stock(file: OnnxFile, budget_bytes: int) -> OnnxPlan | None:
@@ -96,7 +97,13 @@ def _open_stock(file: OnnxFile, plan: OnnxPlan, threads: int | None, choice: Cho
 
 
 def _open_staged(
-    file: OnnxFile, budget: int, threads: int, choice: Choice, progress: Progress | None, say: Say | None
+    file: OnnxFile,
+    budget: int,
+    threads: int,
+    choice: Choice,
+    code_bytes: int,
+    progress: Progress | None,
+    say: Say | None,
 ) -> Opened:
     stage_bytes = default_stage_bytes(file.weights_bytes)
     key = entry_key(file.paths, FORMAT, stage_bytes)
@@ -109,7 +116,7 @@ def _open_staged(
         try:
             prepared = Prepared.read(entry.folder)
             loading = _part(progress, _PREPARING_SHARE, 1)
-            runner = StagedModel(file.path, entry, prepared, budget, threads, choice, loading)
+            runner = StagedModel(file.path, entry, prepared, budget, threads, choice, code_bytes, loading)
         except (StaleEntry, OSError, ValueError, KeyError, TypeError) as error:
             entry.close()
             if attempt == 1 or not cache.remove(entry.folder):

@@ -48,7 +48,11 @@ class _Taken:
 
 
 class StagedModel:
-    """The stages of a prepared model, planned for the shapes that they see."""
+    """The stages of a prepared model, planned for the shapes that they see.
+
+    `code_bytes`: pages of libraries that were in memory before the model was prepared. Where that took all the
+    memory there is, some of them are gone, and come back.
+    """
 
     def __init__(
         self,
@@ -58,6 +62,7 @@ class StagedModel:
         budget_bytes: int,
         threads: int,
         choice: Choice,
+        code_bytes: int = 0,
         progress: Callable[[float], None] | None = None,
     ):
         self._entry = entry
@@ -70,12 +75,12 @@ class StagedModel:
         self._taken: dict[Case, _Taken] = {}  # what each input that was seen takes
         self._left = 0  # bytes that inputs which were refused have left in the arena
         blocks = blocks_of(prepared)
-        overhead = _expected_overhead(entry.folder, prepared, blocks)
+        overhead = _expected_overhead(entry.folder, prepared, blocks, code_bytes)
         least = self._make_plan(blocks, len(prepared.stages), overhead, measuring=True)
         most = budget_bytes - least.ledger.total + _LEAST_ACTIVATIONS  # for activations
         self._stages = Stages(path, entry.folder, prepared, threads, most, progress)
         try:
-            self._overhead = _held_now(overhead, blocks)
+            self._overhead = _held_now(overhead, blocks, code_bytes + _FIRST_SESSION_BYTES)
             self.plan = self._plan()
         except BaseException:
             self.close()
@@ -253,21 +258,29 @@ def _covers(known: Case, case: Case) -> bool:
     )
 
 
-def _expected_overhead(folder: Path, prepared: Prepared, blocks: Sequence[Block]) -> dict[str, int]:
+def _expected_overhead(
+    folder: Path, prepared: Prepared, blocks: Sequence[Block], code_bytes: int
+) -> dict[str, int]:
     """Before sessions are made: what they will take. Graphs are held as messages, and weights in them once
     more.
     """
     graphs = sum((folder / files.model).stat().st_size for files in prepared.stages)
     return {
-        "interpreter": process_memory().rss_bytes,
+        "interpreter": _held_with_code(code_bytes),
         "sessions": 3 * graphs + _FIRST_SESSION_BYTES + _SESSION_BYTES * len(prepared.stages),
         "activations": _LEAST_ACTIVATIONS,
         "load_peak": _load_peak(blocks),
     }
 
 
-def _held_now(expected: Mapping[str, int], blocks: Sequence[Block]) -> dict[str, int]:
-    now = process_memory().rss_bytes
+def _held_with_code(code_bytes: int) -> int:
+    """What the process holds, with `code_bytes` at least of libraries."""
+    now = process_memory()
+    return now.rss_bytes + max(0, code_bytes - now.file_bytes)
+
+
+def _held_now(expected: Mapping[str, int], blocks: Sequence[Block], code_bytes: int) -> dict[str, int]:
+    now = _held_with_code(code_bytes)
     interpreter = min(now, expected["interpreter"])
     return {"interpreter": interpreter, "sessions": now - interpreter, "load_peak": _load_peak(blocks)}
 

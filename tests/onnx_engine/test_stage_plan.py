@@ -4,6 +4,7 @@ import random
 
 import pytest
 
+from edgeinfer.budget import ProcessMemory
 from edgeinfer.errors import BudgetError
 from edgeinfer.onnx.plan import (
     Block,
@@ -116,3 +117,13 @@ def test_too_small_names_the_smallest():
     assert plan.ledger.total <= refusal.value.smallest_bytes
     assert plan.overhead_bytes == 50 * MIB
     assert plan.streamed_bytes + plan.ledger.entries["resident_weights"] == 160 * MIB
+
+
+def test_code_that_the_system_took_away_while_preparing_is_counted(monkeypatch):
+    """It comes back when it is used, and must find room: pages of libraries would be read again and again."""
+    from edgeinfer.onnx import staged
+
+    held = ProcessMemory(rss_bytes=50 * MIB, peak_rss_bytes=90 * MIB, file_bytes=5 * MIB)
+    monkeypatch.setattr(staged, "process_memory", lambda: held)
+    assert staged._held_with_code(35 * MIB) == 80 * MIB
+    assert staged._held_with_code(4 * MIB) == 50 * MIB
