@@ -9,6 +9,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -104,15 +105,9 @@ class Measurements:
         command = [sys.executable, "-m", "benchmarks.child", engine, str(self.model)]
         command += ["--threads", str(settings.threads), "--ctx", str(context or settings.context)]
         command += [str(option) for option in options]
-        noise = Noise()
-        try:
-            result, kills = run_command(command, limit, TIMEOUT_SECONDS, cwd=ROOT)
-        except subprocess.TimeoutExpired:
-            raise ChildError(f"{engine} did not end within {TIMEOUT_SECONDS} s") from None
-        if result.returncode != 0:
-            raise ChildError(f"{engine} {ending(result, kills)}")
-        self.noise = max(self.noise, others := noise.others())
-        return {**json.loads(result.stdout.splitlines()[-1]), "oom_kills": kills, "others_cpu": others}
+        result = run_child(engine, command, limit)
+        self.noise = max(self.noise, result["others_cpu"])
+        return result
 
     def plain(self) -> dict:
         """Decoding with all weights in memory and the kernels that streaming uses."""
@@ -226,6 +221,22 @@ class Measurements:
 def median(rounds: list[dict], engine: str, key: str) -> float:
     """The median over rounds of a number of one engine."""
     return statistics.median(number[engine][key] for number in rounds)
+
+
+def run_child(
+    engine: str, command: Sequence[str], limit: int | None, environment: Mapping[str, str] | None = None
+) -> dict:
+    """The numbers of one process under test, with OOM kills and what others took of the processors meanwhile.
+    ChildError says how it ended when it gave none.
+    """
+    noise = Noise()
+    try:
+        result, kills = run_command(command, limit, TIMEOUT_SECONDS, cwd=ROOT, environment=environment)
+    except subprocess.TimeoutExpired:
+        raise ChildError(f"{engine} did not end within {TIMEOUT_SECONDS} s") from None
+    if result.returncode != 0:
+        raise ChildError(f"{engine} {ending(result, kills)}")
+    return {**json.loads(result.stdout.splitlines()[-1]), "oom_kills": kills, "others_cpu": noise.others()}
 
 
 def ending(result: subprocess.CompletedProcess, kills: int) -> str:

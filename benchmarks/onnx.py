@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 
 from benchmarks.bound import Bound
-from benchmarks.cgroup import drop_page_cache, run_command
-from benchmarks.measure import ROOT, TIMEOUT_SECONDS, ChildError, Noise, Settings, ending
+from benchmarks.cgroup import drop_page_cache
+from benchmarks.measure import ChildError, Settings, run_child
 
 BATCHES = (1, 32)
 SHARES = (0.5, 0.9, 1.15)  # of the weight bytes: half, nearly all, and about what stock needs
@@ -41,17 +39,9 @@ class OnnxMeasurements:
         if engine == "edgeinfer" and limit is not None:
             command += ["--memory", str(limit)]
         drop_page_cache([self._data])
-        noise = Noise()
-        try:
-            result, kills = run_command(
-                command, limit, TIMEOUT_SECONDS, cwd=ROOT, environment=self._environment
-            )
-        except subprocess.TimeoutExpired:
-            raise ChildError(f"{engine} did not end within {TIMEOUT_SECONDS} s") from None
-        if result.returncode != 0:
-            raise ChildError(f"{engine} {ending(result, kills)}")
-        self.noise = max(self.noise, others := noise.others())
-        return {**json.loads(result.stdout.splitlines()[-1]), "oom_kills": kills, "others_cpu": others}
+        result = run_child(engine, command, limit, self._environment)
+        self.noise = max(self.noise, result["others_cpu"])
+        return result
 
     def measure(self) -> dict:
         """Every batch size without a limit and under each one. Stock's own passes are the bound's compute."""
@@ -113,7 +103,7 @@ def _speeds(runs: dict) -> str:
     told = [
         f"{engine} {runs[engine]['median_pass_seconds']:.3f} s" for engine in runs if engine != "stock_ended"
     ]
-    return ", ".join(told + ([f"stock {runs['stock_ended']}"] if "stock_ended" in runs else []))
+    return ", ".join(told + ([runs["stock_ended"]] if "stock_ended" in runs else []))
 
 
 def _say(text: str) -> None:

@@ -51,7 +51,7 @@ def _limit_rows(label: str, part: dict, limit: dict) -> list[Row]:
     digests = {run[engine]["digest"] for run in rounds for engine in ("edgeinfer", "stock") if engine in run}
     digests |= {run["stock"]["digest"] for run in part["free"]}
     if stock is None:
-        against = f"{ours:.3f} s / stock {rounds[-1]['stock_ended']}"
+        against = f"{ours:.3f} s / {rounds[-1]['stock_ended']}"
         wanted = ""
     else:
         against, wanted = (

@@ -7,6 +7,7 @@ import filecmp
 import os
 import secrets
 import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
@@ -16,36 +17,17 @@ from edgeinfer.errors import ExportError
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-class Target:
-    """`with Target(path, force) as part:` gives a path to write to; leaving it without an error puts that in
-    place.
+class _Beside(ABC):
+    """What is written goes to `_part`, a file or a folder beside `path`, and is put in place when it is whole."""
 
-    `folder`: a folder is made (and `part` is it); otherwise a file. An error, Ctrl-C too, removes what was
-    written. Raises ExportError: the target exists and `force` is not given, its folder is missing or cannot
-    be written to, and where the disk is full.
-    """
-
-    def __init__(self, path: str | os.PathLike, force: bool = False, folder: bool = False):
+    def __init__(self, path: str | os.PathLike, folder: bool):
         self.path = Path(path)
         self._folder = folder
-        self._check(force)
         self._part = self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}.part")
 
-    def _check(self, force: bool) -> None:
-        parent = self.path.parent
-        if not parent.is_dir():
-            raise ExportError(f"The folder for the result does not exist: {parent}. Make it first.")
-        if self.path.is_dir() != self._folder and self.path.exists():
-            wanted, found = ("folder", "file") if self._folder else ("file", "folder")
-            raise ExportError(
-                f"The result is a {wanted}, but a {found} is there: {self.path}. Give another -o."
-            )
-        if self.path.exists() and not self.path.is_dir() and not self.path.is_file():
-            raise ExportError(f"{self.path} is no file but a device or a pipe. Give another -o.")
-        if not force and os.path.lexists(self.path):
-            raise ExportError(f"{self.path} exists already. Give another -o, or --force to replace it.")
-        if not os.access(parent, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
-            raise ExportError(f"No permission to write into {parent}. Choose another folder with -o.")
+    @abstractmethod
+    def _put_in_place(self) -> None:
+        """Rename what was written; an OSError leaves what was there."""
 
     def __enter__(self) -> Path:
         try:
@@ -74,6 +56,42 @@ class Target:
         if kind is None and error is not None:
             raise ExportError(f"{self.path} could not be put in place: {error}.") from error
 
+    def _remove_part(self) -> None:
+        if self._part.is_dir():
+            shutil.rmtree(self._part, ignore_errors=True)
+        else:
+            self._part.unlink(missing_ok=True)
+
+
+class Target(_Beside):
+    """`with Target(path, force) as part:` gives a path to write to; leaving it without an error puts that in
+    place.
+
+    `folder`: a folder is made (and `part` is it); otherwise a file. An error, Ctrl-C too, removes what was
+    written. Raises ExportError: the target exists and `force` is not given, its folder is missing or cannot
+    be written to, and where the disk is full.
+    """
+
+    def __init__(self, path: str | os.PathLike, force: bool = False, folder: bool = False):
+        super().__init__(path, folder)
+        self._check(force)
+
+    def _check(self, force: bool) -> None:
+        parent = self.path.parent
+        if not parent.is_dir():
+            raise ExportError(f"The folder for the result does not exist: {parent}. Make it first.")
+        if self.path.is_dir() != self._folder and self.path.exists():
+            wanted, found = ("folder", "file") if self._folder else ("file", "folder")
+            raise ExportError(
+                f"The result is a {wanted}, but a {found} is there: {self.path}. Give another -o."
+            )
+        if self.path.exists() and not self.path.is_dir() and not self.path.is_file():
+            raise ExportError(f"{self.path} is no file but a device or a pipe. Give another -o.")
+        if not force and os.path.lexists(self.path):
+            raise ExportError(f"{self.path} exists already. Give another -o, or --force to replace it.")
+        if not os.access(parent, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
+            raise ExportError(f"No permission to write into {parent}. Choose another folder with -o.")
+
     def _put_in_place(self) -> None:
         if not self._folder:
             _flush(self._part)
@@ -90,14 +108,8 @@ class Target:
             raise
         shutil.rmtree(old, ignore_errors=True)
 
-    def _remove_part(self) -> None:
-        if self._part.is_dir():
-            shutil.rmtree(self._part, ignore_errors=True)
-        else:
-            self._part.unlink(missing_ok=True)
 
-
-class TargetGroup:
+class TargetGroup(_Beside):
     """`with TargetGroup(path, others, force) as folder:` gives a folder; the files written there are put in
     place together, beside `path` and under their own names, `path` itself last.
 
@@ -114,37 +126,12 @@ class TargetGroup:
         replaced: Iterable[str] = (),
         others: Iterable[str] = (),
     ):
-        self.path = Path(path)
+        super().__init__(path, folder=True)
         self._force = force
         self._own = [self.path.name, *replaced]
         self._names = [*others, *reversed(self._own)]
         for name in self._own:
             Target(self.path.with_name(name), force)
-        self._part = self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}.part")
-
-    def __enter__(self) -> Path:
-        try:
-            self._part.mkdir()
-        except OSError as error:
-            raise ExportError(
-                f"{self.path} cannot be written: {error.strerror}. Choose another -o."
-            ) from error
-        return self._part
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, _trace: TracebackType | None
-    ) -> None:
-        try:
-            if kind is None:
-                self._put_in_place()
-        except OSError as failure:
-            error = failure
-        finally:
-            shutil.rmtree(self._part, ignore_errors=True)
-        if isinstance(error, OSError) and error.errno in _NO_ROOM:
-            raise _no_room(self.path, error) from error
-        if kind is None and error is not None:
-            raise ExportError(f"{self.path} could not be put in place: {error}.") from error
 
     def _put_in_place(self) -> None:
         names = [name for name in self._names if self._is_new(name)]
