@@ -77,6 +77,13 @@ def default_budget() -> int:
     return max(1, available - min(reserve, available // 2))
 
 
+def budget_of(memory: int | str | None) -> int:
+    """The budget that was asked for: bytes, "2GiB" or "50%", or None for `default_budget`. Raises BudgetError."""
+    if memory is None:
+        return default_budget()
+    return memory if isinstance(memory, int) else parse_size(memory)
+
+
 def available_memory() -> int:
     """Bytes that this process can take now without swapping: the least of its machine's and cgroups' room."""
     return min([_machine_available(), *_cgroup_rooms()])

@@ -19,10 +19,15 @@ def streaming_support() -> bool:
     return True
 
 
+def usable_processors() -> int:
+    """How many processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def default_threads() -> int:
     """Computing threads: the processors that this process may use, one a physical core where that is known."""
     import psutil
 
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    allowed = usable_processors()
     physical = psutil.cpu_count(logical=False) or allowed
     return max(1, min(allowed, physical))

@@ -25,11 +25,11 @@ from edgeinfer.exporters.onnx_source import OnnxGraph, open_onnx
 from edgeinfer.exporters.onnx_static import FORMS as STATIC_FORMS
 from edgeinfer.exporters.onnx_static import OPSET as STATIC_OPSET
 from edgeinfer.exporters.onnx_static import quantize_static
-from edgeinfer.exporters.onnx_tensors import all_graphs
 from edgeinfer.exporters.onnx_tokenizer import FILES as TOKENIZER_FILES
 from edgeinfer.exporters.onnx_tokenizer import copy_tokenizer
 from edgeinfer.exporters.onnx_write import DATA_SUFFIX, Written, check_written, write_onnx
 from edgeinfer.exporters.output import TargetGroup
+from edgeinfer.onnx.nested import all_graphs
 
 if TYPE_CHECKING:
     import torch

@@ -24,8 +24,8 @@ from edgeinfer.exporters.onnx_graph import (
     used_names,
 )
 from edgeinfer.exporters.onnx_source import OnnxGraph
-from edgeinfer.exporters.onnx_tensors import all_graphs, subgraphs
 from edgeinfer.exporters.onnx_weights import Computed, Inline, Source, Weights
+from edgeinfer.onnx.nested import all_graphs, subgraphs
 
 FLOAT, HALF = TensorProto.FLOAT, TensorProto.FLOAT16
 _LARGEST, _SMALLEST = 65504.0, 2.0**-24  # of float16

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
 
-from edgeinfer.exporters.onnx_tensors import all_graphs, subgraphs
+from edgeinfer.onnx.nested import all_graphs, subgraphs
 
 STANDARD = ("", "ai.onnx")
 

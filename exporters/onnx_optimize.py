@@ -15,8 +15,9 @@ from onnxruntime.capi.onnxruntime_pybind11_state import InvalidProtobuf
 
 from edgeinfer.errors import ModelFileError
 from edgeinfer.exporters.onnx_source import OnnxGraph
-from edgeinfer.exporters.onnx_tensors import all_graphs, all_tensors
+from edgeinfer.exporters.onnx_tensors import all_tensors
 from edgeinfer.exporters.onnx_weights import Weights
+from edgeinfer.onnx.nested import all_graphs
 from edgeinfer.onnx.runtime import explained, session_options
 
 #: MatMul followed by Add stays as it is (Gemm hides it from the quantizers); equal small constants stay

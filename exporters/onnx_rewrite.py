@@ -13,8 +13,8 @@ from edgeinfer.exporters.onnx_graph import STANDARD, element_types, replace_node
 from edgeinfer.exporters.onnx_nbits import DOMAIN
 from edgeinfer.exporters.onnx_scratch import Scratch
 from edgeinfer.exporters.onnx_source import OnnxGraph
-from edgeinfer.exporters.onnx_tensors import all_graphs, subgraphs
 from edgeinfer.exporters.onnx_weights import Inline, Source
+from edgeinfer.onnx.nested import all_graphs, subgraphs
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from onnx import ModelProto, TensorProto
 
 from edgeinfer.errors import ModelFileError
 from edgeinfer.exporters.onnx_graph import lift_constants
-from edgeinfer.exporters.onnx_tensors import all_graphs, all_tensors, is_external
+from edgeinfer.exporters.onnx_tensors import all_tensors, is_external
+from edgeinfer.onnx.nested import all_graphs
 from edgeinfer.exporters.onnx_weights import Weights, raw_bytes
 from edgeinfer.onnx.graph import read_onnx
 

@@ -34,22 +34,6 @@ def is_external(tensor: TensorProto) -> bool:
     return tensor.data_location == TensorProto.EXTERNAL
 
 
-def subgraphs(node: NodeProto) -> Iterator[GraphProto]:
-    """The bodies of a control-flow node, in the order of its attributes."""
-    for attribute in node.attribute:
-        if attribute.HasField("g"):
-            yield attribute.g
-        yield from attribute.graphs
-
-
-def all_graphs(graph: GraphProto) -> Iterator[GraphProto]:
-    """`graph` and every graph inside it, outer ones first."""
-    yield graph
-    for node in graph.node:
-        for body in subgraphs(node):
-            yield from all_graphs(body)
-
-
 def all_tensors(model: ModelProto) -> Iterator[TensorProto]:
     """Every tensor that the model holds or points to."""
     yield from _graph_tensors(model.graph)

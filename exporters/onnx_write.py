@@ -27,8 +27,9 @@ from edgeinfer.exporters.onnx_graph import (
     tidy_opsets,
 )
 from edgeinfer.exporters.onnx_source import OnnxGraph
-from edgeinfer.exporters.onnx_tensors import all_graphs, all_tensors, tensor_bytes
+from edgeinfer.exporters.onnx_tensors import all_tensors, tensor_bytes
 from edgeinfer.exporters.onnx_weights import Source, set_place
+from edgeinfer.onnx.nested import all_graphs
 from edgeinfer.onnx.runtime import explained, session_options
 
 EXTERNAL_BYTES = 1024  # smaller tensors stay inside the model

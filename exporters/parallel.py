@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
+from edgeinfer.system import usable_processors
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-THREADS = max(1, min(4, os.cpu_count() or 1))
+THREADS = min(4, usable_processors())
 
 
 def in_order(

@@ -36,6 +36,7 @@ from edgeinfer.exporters.quant_types import (
 )
 from edgeinfer.exporters.quantize_child import DRY_RUN_DONE, Request
 from edgeinfer.modelfile import ModelFile, TensorInfo, read_model_file
+from edgeinfer.system import usable_processors
 
 if TYPE_CHECKING:
     from edgeinfer.exporters.importance import Importance
@@ -158,7 +159,7 @@ def _request(
         source=os.fspath(file.paths[0]),
         target=os.fspath(target),
         ftype=QUANT_TYPES[name],
-        threads=threads or _processors(),
+        threads=threads or usable_processors(),
         buffer_bytes=_buffer_bytes(file, memory),
         requantize=requantize,
         only_dry=False,
@@ -174,10 +175,6 @@ def _buffer_bytes(file: ModelFile, memory: int | None) -> int:
         return _BUFFER_BYTES
     largest = max((tensor.nbytes for tensor in file.tensors), default=0)
     return max(_SMALLEST_BUFFER_BYTES, min(_BUFFER_BYTES, memory - _PROCESSES_BYTES - largest))
-
-
-def _processors() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _overrides(file: ModelFile, type: str, tensor_types: Mapping[str, str]) -> dict[str, int]:

@@ -26,6 +26,7 @@ from edgeinfer.exporters.aligned_file import PAGE, AlignedBuffer, SourceFile, Ta
 from edgeinfer.exporters.conversion import STORAGE, OutOfRange, convert, interleave_halves
 from edgeinfer.exporters.safetensors_file import ITEM_BYTES, TensorRecord
 from edgeinfer.exporters.tensor_plan import PlannedTensor
+from edgeinfer.system import usable_processors
 
 _STEP_BYTES = (8 << 20, 4 << 20, 2 << 20, 1 << 20)  # the largest that the memory allows is taken
 _MAX_THREADS = 4
@@ -93,7 +94,7 @@ def write_tensors(
 
 def _fitting(placed: Sequence[Placed], memory: int | None) -> tuple[int, int]:
     """Threads and bytes of a step that fit into what `memory` leaves."""
-    most = min(_MAX_THREADS, max(2, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2))
+    most = min(_MAX_THREADS, max(2, usable_processors()))
     if memory is None:
         return most, _STEP_BYTES[0]
     held, needed = process_memory().rss_bytes, 0

@@ -67,18 +67,7 @@ class Job:
 @click.option("--force", is_flag=True, help="Replace OUT if it is there.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @termination_interrupts()
-def export(
-    source: str,
-    target: str,
-    format_: str | None,
-    quant: str | None,
-    size: str | None,
-    calibration: str | None,
-    check: bool,
-    memory: str | None,
-    force: bool,
-    as_json: bool,
-) -> None:
+def export(as_json: bool, **options: Any) -> None:
     """Turn SOURCE into a model that streams well.
 
     SOURCE is a checkpoint folder (config.json, safetensors, tokenizer) or an ONNX file.
@@ -86,7 +75,7 @@ def export(
     GGUF: F32, F16 and BF16 keep the weights, any other TYPE is llama.cpp's, or auto. Tensors begin at pages
     (4096 bytes), in the order in which they are used. Nothing is written where something fails, --check too.
     """
-    job = _job(source, target, format_, quant, size, calibration, check, memory, force)
+    job = _job(**options)
     facts, check_lines = _export_onnx(job) if job.format == "onnx" else _export_gguf(job)
     click.echo(json.dumps(facts) if as_json else table(facts, check_lines))
 
@@ -190,11 +179,12 @@ def _export_gguf(job: Job) -> tuple[dict[str, Any], list[str]]:
 
 def _quantize(job: Job, floats: Path, part: Path) -> dict[str, Any]:
     """Quantize `floats`, which is removed, to `part`; what `edgeinfer quantize` says, but no names."""
-    from edgeinfer.cli import quantize as command
+    from edgeinfer.cli.quantize_job import Job as QuantizeJob
+    from edgeinfer.cli.quantize_job import run_job
 
     result = floats.with_name("quantized.gguf")
-    facts = command.run_job(
-        command.Job(
+    facts = run_job(
+        QuantizeJob(
             source=floats,
             target=result,
             type=job.type,

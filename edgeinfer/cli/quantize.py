@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -49,20 +50,7 @@ BUNDLED = "bundled page"
 @click.option("--force", is_flag=True, help="Replace what is there.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object with all numbers.")
 @termination_interrupts()
-def quantize(
-    model: str,
-    target: str,
-    type_: str,
-    size: str | None,
-    calibration: str | None,
-    importance: str | None,
-    check: str | None,
-    picture: str | None,
-    requantize: bool,
-    memory: str | None,
-    force: bool,
-    as_json: bool,
-) -> None:
+def quantize(as_json: bool, **options: Any) -> None:
     """Write the GGUF file MODEL in fewer bits a weight.
 
     TYPE is one of llama.cpp's, or auto: then the bits of each tensor are chosen so that the file has --size
@@ -70,8 +58,7 @@ def quantize(
     where it matters least; types below 3 bits need one. The calibration text should be like what the model
     will read, some 20,000 tokens; that of --check another one.
     """
-    job = _job(model, target, type_, size, calibration, importance, check, picture, requantize, memory, force)
-    facts = run_job(job)
+    facts = run_job(_job(**options))
     click.echo(json.dumps(facts) if as_json else table(facts))
 
 

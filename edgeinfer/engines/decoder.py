@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from onnxruntime import OrtValue
 
-from edgeinfer.budget import Ledger, default_budget, format_size, parse_size
+from edgeinfer.budget import Ledger, budget_of, format_size
 from edgeinfer.engines.kv_cache import GrowingCache, SharedCache, cache_bytes
 from edgeinfer.engines.onnx import OnnxModel, OnnxStatistics, open_onnx
 from edgeinfer.engines.sampling import LogitsSampler
@@ -250,7 +250,7 @@ def open_decoder(
     vocabulary = TextVocabulary(Path(path), ports.vocabulary_size, file.metadata)
     context = context_length or min(vocabulary.train_context or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
     cache = cache_bytes(ports.caches, context)
-    budget = default_budget() if memory is None else memory if isinstance(memory, int) else parse_size(memory)
+    budget = budget_of(memory)
     try:
         model = open_onnx(path, memory=max(0, budget - cache), threads=threads, progress=progress)
     except BudgetError as error:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from edgeinfer.budget import default_budget, parse_size
+from edgeinfer.budget import budget_of
 from edgeinfer.engines import inmemory
 from edgeinfer.engines.gguf import GGUFEngine
 from edgeinfer.engines.kernels import compute_bytes_per_second
@@ -70,7 +70,7 @@ def check_request(
     """(model file, budget in bytes, context in tokens) of what was asked for, checked before anything is loaded."""
     file = read_model_file(path)
     file.check_can_generate()
-    budget = default_budget() if memory is None else memory if isinstance(memory, int) else parse_size(memory)
+    budget = budget_of(memory)
     length = context_length or min(file.context_length or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
     if streaming_support():
         check_kv_cache_fits(file, length, budget, lambda context: _smallest_budget(file, context, threads))

@@ -28,7 +28,7 @@ def align_data(model_path: Path, data_path: Path) -> None:
         return
     model = onnx.load(model_path, load_external_data=False)
     tensors = [tensor for tensor in all_tensors(model.graph) if tensor.external_data]
-    parts = sorted({part for tensor in tensors for part in _parts(tensor)})
+    parts = sorted({part for tensor in tensors for part in data_parts(tensor)})
     if all(offset % _KERNELS_WANT == 0 for offset, _ in parts):
         return
     places, end = {}, 0
@@ -41,7 +41,12 @@ def align_data(model_path: Path, data_path: Path) -> None:
     model_path.write_bytes(model.SerializeToString())
 
 
-def _parts(tensor: onnx.TensorProto) -> Iterator[_Part]:
+def data_parts(tensor: onnx.TensorProto) -> Iterator[_Part]:
+    """Where the tensor's own bytes lie in its data file, then each part of its rearranged forms.
+
+    ONNX Runtime notes the latter as "kernel|offset;bytes;padding|offset;..." (prepacked_weights in
+    tensor_external_data_info.cc of its source).
+    """
     values = {entry.key: entry.value for entry in tensor.external_data}
     yield int(values.get("offset", 0)), int(values["length"])
     for key, value in values.items():
@@ -52,7 +57,7 @@ def _parts(tensor: onnx.TensorProto) -> Iterator[_Part]:
 
 
 def _refer(tensor: onnx.TensorProto, places: dict[_Part, int]) -> None:
-    own, *_ = _parts(tensor)
+    own, *_ = data_parts(tensor)
     for entry in tensor.external_data:
         if entry.key == "offset":
             entry.value = str(places[own])

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import onnx
 
+from edgeinfer.onnx.nested import subgraphs
+
 # Tensors handed over at a good cut: a residual stream is one; cosines, sines, lengths and masks are others,
 # two of each in models with two kinds of layers.
 NARROW = 8
@@ -145,9 +147,8 @@ class Graph:
 def used_names(node: onnx.NodeProto) -> list[str]:
     """Names of tensors that a node reads, those that its subgraphs take from around them too."""
     names = [name for name in node.input if name]
-    for attribute in node.attribute:
-        for graph in [*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs]:
-            names += _captured(graph)
+    for graph in subgraphs(node):
+        names += _captured(graph)
     return list(dict.fromkeys(names))
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from edgeinfer.budget import default_budget, format_size, parse_size, process_memory
+from edgeinfer.budget import budget_of, format_size, process_memory
 from edgeinfer.errors import BudgetError, EngineError
 from edgeinfer.onnx.graph import OnnxFile, read_onnx
 from edgeinfer.onnx.plan import OnnxPlan
@@ -55,7 +55,7 @@ def open_model(
     code_bytes = process_memory().file_bytes
     file = read_onnx(path)
     choice = choose_provider(provider)
-    budget = default_budget() if memory is None else memory if isinstance(memory, int) else parse_size(memory)
+    budget = budget_of(memory)
     plan = plan_stock(file, budget)
     if plan is not None:
         return file, _open_stock(file, plan, threads, choice)

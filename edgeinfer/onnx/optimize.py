@@ -19,6 +19,7 @@ import onnxruntime as ort
 
 from edgeinfer.errors import ModelFileError
 from edgeinfer.onnx.graph import OnnxFile, read_onnx
+from edgeinfer.onnx.nested import all_graphs
 from edgeinfer.onnx.runtime import explained, session_options
 from edgeinfer.onnx.tensors import TYPES
 
@@ -62,19 +63,16 @@ def as_it_is(file: OnnxFile, folder: Path) -> onnx.ModelProto:
     return model
 
 
-def make_dense(graph: onnx.GraphProto) -> None:
+def make_dense(model_graph: onnx.GraphProto) -> None:
     """Sparse weights become weights like others: ONNX Runtime cannot write sparse ones rearranged."""
-    for sparse in graph.sparse_initializer:
-        values, indices = (onnx.numpy_helper.to_array(part) for part in (sparse.values, sparse.indices))
-        dense = np.zeros(tuple(sparse.dims), values.dtype)
-        where = indices if indices.ndim == 1 else np.ravel_multi_index(tuple(indices.T), dense.shape)
-        dense.reshape(-1)[where] = values
-        graph.initializer.append(onnx.numpy_helper.from_array(dense, sparse.values.name))
-    del graph.sparse_initializer[:]
-    for node in graph.node:
-        for attribute in node.attribute:
-            for subgraph in [*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs]:
-                make_dense(subgraph)
+    for graph in all_graphs(model_graph):
+        for sparse in graph.sparse_initializer:
+            values, indices = (onnx.numpy_helper.to_array(part) for part in (sparse.values, sparse.indices))
+            dense = np.zeros(tuple(sparse.dims), values.dtype)
+            where = indices if indices.ndim == 1 else np.ravel_multi_index(tuple(indices.T), dense.shape)
+            dense.reshape(-1)[where] = values
+            graph.initializer.append(onnx.numpy_helper.from_array(dense, sparse.values.name))
+        del graph.sparse_initializer[:]
 
 
 def without_weights(folder: Path) -> ort.SessionOptions:
@@ -125,16 +123,15 @@ def _make_holes(graph: onnx.GraphProto, folder: Path) -> None:
             file.truncate(end)
 
 
-def all_tensors(graph: onnx.GraphProto) -> Iterable[onnx.TensorProto]:
+def all_tensors(model_graph: onnx.GraphProto) -> Iterable[onnx.TensorProto]:
     """Every tensor in a graph and its subgraphs that holds or names data."""
-    yield from graph.initializer
-    for node in graph.node:
-        for attribute in node.attribute:
-            if attribute.HasField("t"):
-                yield attribute.t
-            yield from attribute.tensors
-            for subgraph in [*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs]:
-                yield from all_tensors(subgraph)
+    for graph in all_graphs(model_graph):
+        yield from graph.initializer
+        for node in graph.node:
+            for attribute in node.attribute:
+                if attribute.HasField("t"):
+                    yield attribute.t
+                yield from attribute.tensors
 
 
 def _value_info(port: ort.NodeArg) -> onnx.ValueInfoProto:

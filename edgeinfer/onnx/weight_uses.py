@@ -9,7 +9,9 @@ from collections.abc import Sequence
 
 import onnx
 
+from edgeinfer.onnx.aligned_data import data_parts
 from edgeinfer.onnx.cut import used_names
+from edgeinfer.onnx.nested import subgraphs
 from edgeinfer.onnx.optimize import all_tensors, external_range
 from edgeinfer.onnx.stage_files import Table
 
@@ -95,21 +97,9 @@ class WeightUses:
 
 
 def mapped_ranges(model: onnx.ModelProto) -> list[tuple[int, int]]:
-    """(offset, bytes) of whole pages for each weight in the data file, and for each part of a rearranged one.
-
-    ONNX Runtime notes the latter as "kernel|offset;bytes;padding|offset;..." (prepacked_weights in
-    tensor_external_data_info.cc of its source).
-    """
-    found = []
-    for tensor in all_tensors(model.graph):
-        place = external_range(tensor)
-        if place is not None:
-            found.append(place[1:])
-        for entry in tensor.external_data:
-            if entry.key.startswith("prepacked"):
-                parts = (part.split(";") for part in entry.value.split("|")[1:])
-                found += [(int(part[0]), int(part[1])) for part in parts if len(part) > 1]
-    return [_whole_pages(offset, nbytes) for offset, nbytes in found]
+    """(offset, bytes) of whole pages for each weight in the data file, and for each part of a rearranged one."""
+    tensors = (tensor for tensor in all_tensors(model.graph) if tensor.external_data)
+    return [_whole_pages(*part) for tensor in tensors for part in data_parts(tensor)]
 
 
 def _whole_pages(offset: int, nbytes: int) -> tuple[int, int]:
@@ -129,8 +119,4 @@ def _keeps_indices(node: onnx.NodeProto) -> bool:
 
 
 def _has_subgraph(node: onnx.NodeProto) -> bool:
-    return any(_subgraphs(attribute) for attribute in node.attribute)
-
-
-def _subgraphs(attribute: onnx.AttributeProto) -> list[onnx.GraphProto]:
-    return [*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs]
+    return any(True for _ in subgraphs(node))
