@@ -147,14 +147,15 @@ def _quiet():
 
 def plain_vocabulary(folder: Path, config: dict[str, Any]) -> Vocabulary:
     """Stands in for vocabulary.read_vocabulary where a test is about weights: needs no files."""
-    made = make_vocabulary(VOCABULARY)
+    size = config["vocab_size"]
+    made = make_vocabulary(size)
     metadata = {
         "tokenizer.ggml.model": "llama",
         "tokenizer.ggml.tokens": made.tokens,
         "tokenizer.ggml.scores": made.scores,
         "tokenizer.ggml.token_type": made.types,
     }
-    return Vocabulary(metadata, VOCABULARY)
+    return Vocabulary(metadata, size)
 
 
 @functools.cache
