@@ -175,6 +175,8 @@ class _Reader:
         """
         tensor = read_tensor(self._data, field.start, field.end, self._path, self._locate)
         self._tensors.append(tensor)
+        if field.end - field.start >= LARGE_BYTES:
+            _unmap(self._data)
         if tensor.path != self._path or tensor.offset is None or tensor.nbytes < LARGE_BYTES:
             return None
         kept, copied = [], field.start
@@ -209,6 +211,15 @@ class _Reader:
                 if part.kind == BYTES
             }
             self._metadata[pair.get(1, "")] = pair.get(2, "")
+
+
+def _unmap(data: memoryview) -> None:
+    """Drop the mapped file's pages from this process; what is looked at again comes back.
+
+    A touched byte may map 2 MiB of the page cache around it, so headers alone would map whole weights.
+    """
+    if hasattr(mmap, "MADV_DONTNEED"):
+        data.obj.madvise(mmap.MADV_DONTNEED)
 
 
 def _read_port(data: memoryview, field: Field) -> tuple[str, str, tuple[int | str | None, ...]]:

@@ -7,11 +7,13 @@ from collections import Counter
 import numpy as np
 import onnx
 import pytest
-from onnx import helper
+from onnx import TensorProto, helper
 from onnx_kit import MODELS, bare_session, command, error_of, needs_data, save_model
 
+from edgeinfer.budget import process_memory, reset_peak
 from edgeinfer.engines.onnx import open_onnx
 from edgeinfer.forms import find_form, form_names, read_form
+from edgeinfer.onnx.graph import read_onnx
 
 FILES = {
     "silero_vad.onnx": "silero-vad",
@@ -111,6 +113,30 @@ def test_files_that_are_no_model(tmp_path, data, words):
         message = error_of(command(name, tmp_path / "m.onnx"))
         assert words in message or not data
         assert "m.onnx" in message
+
+
+def test_reading_what_is_in_a_file_maps_no_weights(tmp_path):
+    """Where the page cache holds the file in large pieces, as when it was just written, a touched byte maps
+    all of its piece."""
+    if not reset_peak():
+        pytest.skip("the peak of a process cannot be reset here")
+    size = 48
+    parts = [np.full((1 << 18,), number, np.float32) for number in range(size)]  # 1 MiB each
+    weights = [onnx.numpy_helper.from_array(part, f"w{number}") for number, part in enumerate(parts)]
+    value = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        [helper.make_node("Sum", [tensor.name for tensor in weights], ["y"])], "g", [],
+        [value("y", TensorProto.FLOAT, [1 << 18])], weights,
+    )  # fmt: skip
+    path = tmp_path / "model.onnx"
+    path.write_bytes(helper.make_model(graph).SerializeToString())
+    del weights, graph
+    reset_peak()
+    before = process_memory()
+    file = read_onnx(path)
+    assert process_memory().peak_rss_bytes - before.rss_bytes < 16 << 20
+    found = [(tensor.name, tensor.nbytes) for tensor in file.tensors]
+    assert found == [(f"w{number}", 1 << 20) for number in range(size)]
 
 
 def test_every_form_can_be_read():
