@@ -71,10 +71,11 @@ def _table(pre: PreTokenizer, texts: list[str], merges: list[Merge], nfc: bool) 
     table, known = TokenTable("gpt2", pre.name, texts, [NORMAL] * len(texts)), set(texts)
     table.merges = [f"{left} {right}" for left, right in merges] or [_NO_MERGE]
     if nfc:
+        table.composes = True
         table.warnings.append(
-            "The tokenizer composes accents first (Unicode NFC); llama.cpp does not. Text with decomposed "
-            "accents (a letter followed by a combining mark) gets other ids, unless it is normalized "
-            "before"
+            "The tokenizer composes accents first (Unicode NFC). edgeinfer does too; in other programs on "
+            "llama.cpp text with decomposed accents (a letter followed by a combining mark) gets other ids, "
+            "unless it is normalized before"
         )
     if pre.differs:
         table.warnings.append(

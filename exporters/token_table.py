@@ -19,7 +19,7 @@ SPACE = "\u2581"
 class TokenTable:
     """How llama.cpp is told to split text. `scores` for its "llama" tokenizer, `merges` for its "gpt2" one.
 
-    `special`: ids of bos, eos, unk and pad where the tokenizer's own file gives them. `warnings`: where ids
+    `composes`: text is put into NFC first. `special`: ids of bos, eos, unk and pad where the tokenizer's own file gives them. `warnings`: where ids
     may differ from the original's.
     """
 
@@ -30,6 +30,7 @@ class TokenTable:
     scores: list[float] | None = None
     merges: list[str] | None = None
     flags: dict[str, bool] = field(default_factory=dict)
+    composes: bool = False
     special: dict[str, int] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from edgeinfer.engines.normalizer import COMPOSED, NORMALIZER_KEY
 from edgeinfer.errors import ExportError
 from edgeinfer.exporters.added_tokens import AddedToken, named_special_tokens, read_added_tokens, text_of
 from edgeinfer.exporters.bpe_vocabulary import byte_level_table, is_byte_level, plain_files_table
@@ -111,6 +112,8 @@ def _metadata(table: TokenTable) -> dict[str, Any]:
         metadata["tokenizer.ggml.scores"] = table.scores
     if table.merges is not None:
         metadata["tokenizer.ggml.merges"] = table.merges
+    if table.composes:
+        metadata[NORMALIZER_KEY] = COMPOSED
     return metadata | {f"tokenizer.ggml.{name}": flag for name, flag in table.flags.items()}
 
 

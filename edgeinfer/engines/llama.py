@@ -8,73 +8,18 @@ from __future__ import annotations
 
 import ctypes
 import os
-import re
-import threading
-from collections import deque
 from collections.abc import Callable, Sequence
 
 import llama_cpp
 import numpy as np
 
-from edgeinfer.errors import EdgeInferError, EngineError, ModelFileError, PromptError
-
-_LOG_LEVEL_ERROR = 4  # enum ggml_log_level
-_LAST_LINE = "; llama_model_load_from_file_impl: failed to load model"
-_UNKNOWN_ARCHITECTURE = re.compile(r"unknown model architecture: ('[^;]*')")
-
-_errors: deque[str] = deque(maxlen=5)
-_log: deque[str] = deque(maxlen=100)
-_start_lock = threading.Lock()
-_started = False
+from edgeinfer.engines.llama_log import error_reason, forget_errors, load_error, start
+from edgeinfer.engines.normalizer import NORMALIZER_KEY, normalized
+from edgeinfer.errors import EngineError, PromptError
 
 
 class DecodeAborted(EngineError):
     """The abort callback stopped a decode; the sequence is as it was before."""
-
-
-@llama_cpp.llama_log_callback
-def _keep_log(level: int, text: bytes, _user_data: object) -> None:
-    line = text.decode("utf-8", "replace").rstrip()
-    if not line:
-        return
-    _log.append(line)
-    if level == _LOG_LEVEL_ERROR:
-        _errors.append(line)
-
-
-def _start() -> None:
-    """Initialise the library once per process and keep its log from the screen."""
-    global _started
-    with _start_lock:
-        llama_cpp.llama_log_set(_keep_log, None)
-        if not _started:
-            llama_cpp.llama_backend_init()
-            _started = True
-
-
-def recent_log() -> list[str]:
-    """The last lines that llama.cpp logged, oldest first (100 at most)."""
-    return list(_log)
-
-
-def _reason() -> str:
-    return "; ".join(_errors) or "it gave no reason"
-
-
-def _load_error(path: str | os.PathLike) -> EdgeInferError:
-    """What llama.cpp said while it could not load a model, and what can be done about it."""
-    version = f"llama-cpp-python {llama_cpp.__version__}"
-    reason = _reason()
-    if match := _UNKNOWN_ARCHITECTURE.search(reason):
-        return ModelFileError(
-            f"{path}: its architecture {match[1]} is not one that llama.cpp knows ({version} is installed). "
-            "Give another model, or install a newer edgeinfer and llama-cpp-python."
-        )
-    reason = reason.removesuffix(_LAST_LINE).replace("llama_model_load: error loading model: ", "")
-    return EngineError(
-        f"llama.cpp could not load {path}: {reason}. If the file is whole, it may need another llama.cpp than "
-        f"that of {version}: convert it again, or give another model."
-    )
 
 
 class _BufferTypeOverride(ctypes.Structure):
@@ -102,8 +47,8 @@ class LlamaModel:
         buffer_types: Sequence[tuple[str, int]] = (),
         progress: Callable[[float], None] | None = None,
     ):
-        _start()
-        _errors.clear()
+        start()
+        forget_errors()
         params = llama_cpp.llama_model_default_params()
         no_devices = (ctypes.c_void_p * 1)(None)
         params.devices = ctypes.cast(no_devices, ctypes.c_void_p)
@@ -123,8 +68,15 @@ class LlamaModel:
         self.path = os.fspath(path)
         self.handle = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
         if not self.handle:
-            raise _load_error(self.path)
+            raise load_error(self.path)
         self.vocab = llama_cpp.llama_model_get_vocab(self.handle)
+        self._normalizer = self._metadata(NORMALIZER_KEY)
+
+    def _metadata(self, key: str) -> str | None:
+        """A short text of the file's metadata; None where there is none."""
+        value = ctypes.create_string_buffer(64)
+        length = llama_cpp.llama_model_meta_val_str(self.handle, key.encode(), value, len(value))
+        return value.value.decode("utf-8", "replace") if 0 <= length < len(value) else None
 
     @property
     def vocab_size(self) -> int:
@@ -167,7 +119,7 @@ class LlamaModel:
         names of control tokens in the text as those tokens.
         """
         try:
-            data = text.encode("utf-8")
+            data = normalized(text, self._normalizer).encode("utf-8")
         except UnicodeEncodeError as error:
             raise PromptError(f"The prompt is not valid Unicode text: {error}.") from None
         capacity = len(data) + 8
@@ -234,7 +186,7 @@ class LlamaContext:
         abort: int | None = None,
         abort_data: int | None = None,
     ):
-        _errors.clear()
+        forget_errors()
         params = _context_params(context_length, ubatch, threads, threads_batch, outputs_max, flash_attention)
         if float32_cache:
             params.type_k = params.type_v = llama_cpp.GGML_TYPE_F32
@@ -253,7 +205,7 @@ class LlamaContext:
         self.handle = llama_cpp.llama_init_from_model(model.handle, params)
         if not self.handle:
             raise EngineError(
-                f"llama.cpp could not make a context of {context_length} tokens for {model.path}: {_reason()}"
+                f"llama.cpp could not make a context of {context_length} tokens for {model.path}: {error_reason()}"
             )
         self._memory = llama_cpp.llama_get_memory(self.handle)
         if not self._memory:
@@ -289,7 +241,7 @@ class LlamaContext:
             batch.token[i] = token
             batch.pos[i] = self.position + i
             batch.logits[i] = i >= count - wanted
-        _errors.clear()
+        forget_errors()
         status = llama_cpp.llama_decode(self.handle, batch)
         if status == 0:
             self.position += count
@@ -297,7 +249,7 @@ class LlamaContext:
         self.truncate(self.position)
         if status == 2:
             raise DecodeAborted("The computation was stopped.")
-        raise EngineError(f"llama.cpp could not compute {count} tokens (status {status}): {_reason()}")
+        raise EngineError(f"llama.cpp could not compute {count} tokens (status {status}): {error_reason()}")
 
     def logits(self, i: int = -1) -> np.ndarray:
         """float32 (vocab_size,) logits of output position `i` of the last decode.

@@ -7,7 +7,8 @@ import re
 from collections.abc import Callable, Sequence
 
 from edgeinfer.budget import available_memory, format_size, process_memory
-from edgeinfer.engines.llama import LlamaContext, recent_log
+from edgeinfer.engines.llama import LlamaContext
+from edgeinfer.engines.llama_log import recent_log
 from edgeinfer.errors import BudgetError
 from edgeinfer.modelfile import GGUFArray, ModelFile
 from edgeinfer.plan import WeightUse

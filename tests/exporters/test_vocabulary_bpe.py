@@ -4,6 +4,7 @@ import functools
 import json
 import unicodedata
 
+import llama_cpp
 import pytest
 from tokenizers import Tokenizer
 from trained_tokenizers import (
@@ -24,6 +25,7 @@ from trained_tokenizers import (
     write_folder,
 )
 
+from edgeinfer.engines.llama import LlamaModel
 from edgeinfer.errors import ExportError
 from edgeinfer.exporters.bpe_vocabulary import byte_letters
 from edgeinfer.exporters.pretokenizers import known_pretokenizers
@@ -162,6 +164,22 @@ def test_accented_capitals_are_where_tekken_differs(tmp_path):
     document = revealing(definition_of(known), known.ignore_merges)
     with stock_of(write_folder(tmp_path / "a", document)) as (_, stock):
         assert stock.ids("aÉCOLE") != original_of(document)("aÉCOLE")
+
+
+@pytest.mark.parametrize("kind", [kind for kind, (options, _) in KINDS.items() if "normalizer" in options])
+def test_edgeinfer_composes_accents_as_the_original_does(kind, tmp_path):
+    """Stock llama.cpp has no such step: it is asked, so that this says when it gets one."""
+    document = trained(kind)
+    folder = write_folder(tmp_path / "a", document)
+    texts = [*odd_texts(CHAT), "Cafe\u0301 co\u0302te\u0301, sa\u0308gen <|im_start|>e\u0301<|im_end|>"]
+    texts += [unicodedata.normalize("NFD", text) for text in texts]
+    original = original_of(document)
+    with stock_of(folder) as (_, stock):
+        assert any(stock.ids(text) != original(text) for text in texts)
+    mode = llama_cpp.LLAMA_LOAD_MODE_MMAP
+    with LlamaModel(folder / "vocabulary.gguf", load_mode=mode, use_extra_bufts=False, vocab_only=True) as model:
+        for text in texts:
+            assert model.tokenize(text, add_special=False, parse_special=True) == original(text), repr(text)
 
 
 def test_decomposed_accents_are_warned_of(tmp_path):
