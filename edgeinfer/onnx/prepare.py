@@ -27,6 +27,7 @@ from edgeinfer.onnx.optimize import as_it_is, optimize, take_in, weight_bytes, w
 from edgeinfer.onnx.prepared import PortFacts, Prepared
 from edgeinfer.onnx.runtime import explained
 from edgeinfer.onnx.stage_files import StageFiles, open_stage, page_ranges, write_stage
+from edgeinfer.onnx.tables import put_back, set_aside
 from edgeinfer.onnx.weight_uses import WeightUses, mapped_ranges
 
 Progress = Callable[[float], None]
@@ -80,9 +81,11 @@ def _write(
 ) -> StageFiles:
     """Write a stage, then open it as it will be opened, to note what of its data its session maps."""
     take_in(model, folder / _OPTIMIZED)
+    tables = set_aside(model.graph)
     with explained(source):
         write_stage(model.SerializeToString(), folder, files, source.parent, optimize_it)
         align_data(folder / files.model, folder / files.data)
+        put_back(tables, source.parent, folder / files.model, folder / files.data)
         give_back_memory()
         written = onnx.load(folder / files.model, load_external_data=False)
         _, found = open_stage(folder, files, 1, mapped_ranges(written))

@@ -1,22 +1,26 @@
 """Preparing in a process of its own: within its memory, or stage by stage; a crash is told."""
 
 import os
+from contextlib import closing
 
 import numpy as np
 import onnx
 import pytest
-from made_encoders import FLOAT, Encoder, encoder_file, tokens
+from made_encoders import FLOAT, TABLE, Encoder, encoder_file, tokens
 from onnx_references import THREADS, assert_same, stock_outputs
 
 pytest.importorskip("edgeinfer._native", reason="needs the C extension")
 
-from edgeinfer.budget import process_memory
+from edgeinfer.budget import Ledger, process_memory
 from edgeinfer.engines.onnx import open_onnx
 from edgeinfer.errors import BudgetError, EngineError, ModelFileError
-from edgeinfer.onnx import preparing
+from edgeinfer.onnx import preparing, tables
+from edgeinfer.onnx.graph import read_onnx
+from edgeinfer.onnx.plan import OnnxPlan
 from edgeinfer.onnx.prepare import prepare
 from edgeinfer.onnx.prepared import Prepared
 from edgeinfer.onnx.preparing import prepare_in_child
+from edgeinfer.onnx.stages import Stages
 
 MIB = 1 << 20
 
@@ -69,6 +73,40 @@ def test_pieces_compute_what_the_model_says(half, monkeypatch):
     assert np.abs(found - expected).max() < 0.02 * np.abs(expected).max()
 
 
+def test_a_table_may_be_larger_than_the_memory_for_preparing(tmp_path):
+    """Rows of it are looked up, so its bytes go from file to file."""
+    path = encoder_file(tmp_path, Encoder(layers=2, width=512, ffn=2048, vocabulary=100_000))  # 205 MB of it
+    (tmp_path / "out").mkdir()
+    prepare_in_child(path, tmp_path / "out", 4 * MIB, 150 * MIB)
+    assert "one by one" not in Prepared.read(tmp_path / "out").reason
+
+
+@pytest.mark.parametrize("piecewise", [False, True])
+def test_tables_that_are_kept_aside_are_the_same_weights(tmp_path, monkeypatch, piecewise):
+    monkeypatch.setattr(tables, "LARGE_BYTES", 1 * MIB)
+    path = encoder_file(tmp_path, TABLE)
+    (tmp_path / "out").mkdir()
+    prepare(path, tmp_path / "out", 1 * MIB, piecewise=piecewise)
+    prepared = Prepared.read(tmp_path / "out")
+    (found,) = (table for files in prepared.stages for table in files.tables)
+    stage = next(files for files in prepared.stages if files.tables)
+    original = next(tensor for tensor in read_onnx(path).tensors if tensor.name == "embedding")
+    assert found.nbytes == original.nbytes == 20_000 * found.row_bytes
+    with open(original.path, "rb") as theirs, open(tmp_path / "out" / stage.data, "rb") as ours:
+        theirs.seek(original.offset)
+        ours.seek(found.offset)
+        assert ours.read(found.nbytes) == theirs.read(original.nbytes)
+    expected = stock_outputs(path, tokens(2, vocabulary=20_000))
+    with closing(Stages(path, tmp_path / "out", prepared, THREADS, 1 << 26)) as stages:
+        resident = frozenset(block.name for block in stages.blocks)
+        stages.arm(OnnxPlan("streaming", 0, Ledger(), resident=resident))
+        outputs = stages.run(tokens(2, vocabulary=20_000), list(expected))
+    if piecewise:  # its fusions are others
+        np.testing.assert_allclose(outputs["hidden"], expected["hidden"], rtol=0, atol=1e-5)
+    else:
+        assert_same(outputs, expected)
+
+
 def test_piece_by_piece_is_exact_where_fusions_change_nothing(tmp_path):
     """Constants inside the graph become weights of the stages that use them."""
     from onnx import TensorProto, helper, numpy_helper
@@ -90,10 +128,6 @@ def test_piece_by_piece_is_exact_where_fusions_change_nothing(tmp_path):
     prepared = Prepared.read(tmp_path / "out")
     assert [len(files.ranges) for files in prepared.stages] and len(prepared.stages) == 4
     assert sum(len(files.ranges) for files in prepared.stages) == 6  # each in one stage, mapped
-    from edgeinfer.budget import Ledger
-    from edgeinfer.onnx.plan import OnnxPlan
-    from edgeinfer.onnx.stages import Stages
-
     stages = Stages(path, tmp_path / "out", prepared, THREADS, 1 << 26)
     stages.arm(OnnxPlan("streaming", 0, Ledger(), resident=frozenset(block.name for block in stages.blocks)))
     feeds = {"x": rng.standard_normal((3, 200)).astype(np.float32)}
