@@ -20,7 +20,7 @@ import onnxruntime as ort
 from edgeinfer.errors import ModelFileError
 from edgeinfer.onnx.graph import OnnxFile, read_onnx
 from edgeinfer.onnx.nested import all_graphs
-from edgeinfer.onnx.runtime import explained, session_options
+from edgeinfer.onnx.runtime import explained, make_session, session_options
 from edgeinfer.onnx.tensors import TYPES
 
 _FOLDER = "session.model_external_initializers_file_folder_path"
@@ -36,7 +36,7 @@ def optimize(file: OnnxFile, to: Path) -> onnx.ModelProto:
     options = without_weights(file.path.parent)
     options.optimized_model_filepath = os.fspath(to)
     with explained(file.path, ModelFileError):
-        ort.InferenceSession(file.skeleton, options, providers=["CPUExecutionProvider"])
+        make_session(file.skeleton, options)
     model = onnx.ModelProto.FromString(read_onnx(to, data_of=file.path).skeleton)
     make_dense(model.graph)
     add_types(model, file, to.parent)
@@ -101,9 +101,7 @@ def add_types(model: onnx.ModelProto, file: OnnxFile, beside: Path) -> None:
         options = without_weights(Path(folder))
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         with explained(file.path):
-            session = ort.InferenceSession(
-                asked.SerializeToString(), options, providers=["CPUExecutionProvider"]
-            )
+            session = make_session(asked.SerializeToString(), options)
             ports = [port for port in session.get_outputs() if port.name not in known]
     del model.graph.value_info[:]
     model.graph.value_info.extend(_value_info(port) for port in ports if port.type.startswith("tensor("))

@@ -25,7 +25,7 @@ from edgeinfer.onnx.graph import OnnxFile, read_onnx
 from edgeinfer.onnx.homes import give_back_memory
 from edgeinfer.onnx.optimize import as_it_is, optimize, take_in, weight_bytes, without_weights
 from edgeinfer.onnx.prepared import PortFacts, Prepared
-from edgeinfer.onnx.runtime import explained
+from edgeinfer.onnx.runtime import explained, make_session
 from edgeinfer.onnx.stage_files import StageFiles, open_stage, page_ranges, write_stage
 from edgeinfer.onnx.tables import put_back, set_aside
 from edgeinfer.onnx.weight_uses import WeightUses, mapped_ranges
@@ -117,7 +117,7 @@ def _ports(file: OnnxFile) -> tuple[tuple[PortFacts, ...], tuple[PortFacts, ...]
     """What the whole model takes and gives, in ONNX Runtime's words."""
     options = without_weights(file.path.parent)
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = ort.InferenceSession(file.skeleton, options, providers=["CPUExecutionProvider"])
+    session = make_session(file.skeleton, options)
     inputs, outputs = (
         tuple((port.name, port.type, tuple(port.shape)) for port in ports)
         for ports in (session.get_inputs(), session.get_outputs())

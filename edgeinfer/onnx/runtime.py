@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import onnxruntime as ort
@@ -22,6 +22,18 @@ def session_options(threads: int | None) -> ort.SessionOptions:
         options.intra_op_num_threads = threads
     options.log_severity_level = _FATAL_ONLY
     return options
+
+
+def make_session(
+    model: bytes | str, options: ort.SessionOptions, providers: Sequence[str] = ("CPUExecutionProvider",)
+) -> ort.InferenceSession:
+    """A session, which is tried again with fewer providers only where there are several.
+
+    ONNX Runtime says that it tries again on standard output, where results go.
+    """
+    return ort.InferenceSession(
+        model, options, providers=list(providers), enable_fallback=int(len(providers) > 1)
+    )
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from pathlib import Path
 import onnxruntime as ort
 
 from edgeinfer.onnx.homes import Mapping, as_made, mappings, without
-from edgeinfer.onnx.runtime import session_options
+from edgeinfer.onnx.runtime import make_session, session_options
 
 INLINE_BYTES = 64 << 10  # weights below this stay in the graph's own file, and so in memory
 
@@ -94,7 +94,7 @@ def write_stage(model: bytes, folder: Path, files: StageFiles, data_folder: Path
     }
     for key, value in settings.items():
         options.add_session_config_entry(key, value)
-    ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    make_session(model, options)
 
 
 def open_stage(
@@ -105,9 +105,7 @@ def open_stage(
     options.add_session_config_entry("session.use_env_allocators", "1")
     data = folder / files.data
     before = mappings(data) if data.exists() else []  # of another model that is opened from the same files
-    session = ort.InferenceSession(
-        os.fspath(folder / files.model), options, providers=["CPUExecutionProvider"]
-    )
+    session = make_session(os.fspath(folder / files.model), options)
     found = mappings(data) if data.exists() else []
     return session, as_made(without(found, before), ranges)
 

@@ -14,7 +14,7 @@ from edgeinfer.errors import ModelFileError
 from edgeinfer.onnx.graph import OnnxFile
 from edgeinfer.onnx.plan import OnnxPlan
 from edgeinfer.onnx.providers import Choice, what_computes
-from edgeinfer.onnx.runtime import explained, session_options
+from edgeinfer.onnx.runtime import explained, make_session, session_options
 from edgeinfer.onnx.small_weights import read_alone
 
 _MIB = 1 << 20
@@ -29,7 +29,7 @@ class StockModel:
         options = session_options(threads)
         path = file.path
         with explained(path, ModelFileError):
-            self.session = ort.InferenceSession(os.fspath(path), options, providers=list(choice.chain))
+            self.session = make_session(os.fspath(path), options, choice.chain)
         read_alone(data for data in file.paths if data != path)
         found = what_computes(choice, self.session)
         self.plan = replace(plan, provider=found.name, provider_reason=found.reason)
