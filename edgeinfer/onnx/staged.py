@@ -7,7 +7,9 @@ for weights then.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import mmap
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -45,6 +47,10 @@ class _Taken:
 
     working: int
     kept: int = 0
+
+
+class _TakesMoreError(Exception):
+    """A pass takes more than inputs of its sizes did before."""
 
 
 class StagedModel:
@@ -117,7 +123,7 @@ class StagedModel:
         found = self._learn(sizes, compute, bound)
         is_new = found is not None or not self._woken
         if found is None:
-            found = self._run(self.plan, sizes, compute)
+            found = self._run_known(sizes, compute, bound)
         if is_new:
             self._woken = True
             if self._stages.wake_touched():
@@ -151,10 +157,52 @@ class StagedModel:
             raise
         return measured[0][1] if measured else None
 
-    def _count_left(self) -> None:
-        """The arena does not shrink: what a refused input has made of it is counted from now on."""
+    def _run_known(self, sizes: Sizes, compute: Compute, bound: Mapping[str, OrtValue | None]) -> Any:
+        """A pass of sizes that were seen. Sizes inside a model may depend on values too: where these take more
+        than those that were measured, and so more than the budget, the pass is made again as a new one.
+        """
+        try:
+            with self._watched():
+                return self._run(self.plan, sizes, compute)
+        except BudgetError:
+            self._count_left()
+            raise
+        except _TakesMoreError:
+            self._count_left()
+            case = _case(sizes, bound)
+            self._taken = {known: taken for known, taken in self._taken.items() if not _covers(known, case)}
+        found = self._learn(sizes, compute, bound)
+        return self._run(self.plan, sizes, compute) if found is None else found
+
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        """Inside, a pass ends with _TakesMoreError where the process is beyond the budget, and it is by that
+        pass.
+        """
+        if self._armed is not self.plan:
+            self._disarm()
+        expected = _held_bytes() + _SLACK
+        if self._armed is None:  # all that the plan counts comes now, but for what the arena holds already
+            expected = max(expected, self._opened_bytes() + self._activations() + _SLACK)
+            expected += self.plan.ledger.total - self.plan.overhead_bytes
+
+        def watch() -> None:
+            if _held_bytes() > max(expected, self._budget):
+                raise _TakesMoreError
+
+        self._stages.watch = watch
+        try:
+            yield
+        finally:
+            self._stages.watch = None
+
+    def _disarm(self) -> None:
         self._armed = None
         self._stages.disarm()
+
+    def _count_left(self) -> None:
+        """The arena does not shrink: what a refused input has made of it is counted from now on."""
+        self._disarm()
         most = self._budget - self._plan(measuring=True).ledger.total + _LEAST_ACTIVATIONS - self._kept()
         self._left = min(most, max(self._left, process_memory().rss_bytes - self._opened_bytes()))
         self.plan = self._plan()
@@ -184,8 +232,7 @@ class StagedModel:
         What the arena holds of earlier passes is added: at most what those took.
         """
         plan = self._plan(measuring=True)
-        self._armed = None
-        self._stages.disarm()
+        self._disarm()
         before = process_memory().rss_bytes
         arena = min(self._working(), max(0, before - self._opened_bytes()))
         reset_peak()
@@ -235,6 +282,12 @@ class StagedModel:
     def close(self) -> None:
         self._stages.close()
         self._entry.close()
+
+
+def _held_bytes() -> int:
+    """By this process, now; asked behind each stage, and so in the way that takes the least time."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * mmap.PAGESIZE
 
 
 def _sizes(inputs: Mapping[str, OrtValue]) -> Sizes:

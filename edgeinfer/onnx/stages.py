@@ -54,6 +54,7 @@ class Stages:
         self._plan: OnnxPlan | None = None
         self._idle: list[Block] = []
         self._read_before: dict[str, float] = {}
+        self.watch: Callable[[], None] | None = None  # called behind each stage; it may end the pass
         self.blocks = blocks_of(prepared)
         self.num_stages = len(prepared.stages)
         self._stages_with_data = [number for number, files in enumerate(prepared.stages) if files.data_bytes]
@@ -200,6 +201,8 @@ class Stages:
                 del found
                 for name in [name for name in values if self._last_use.get(name, -1) <= number]:
                     del values[name]
+                if self.watch is not None:
+                    self.watch()
         finally:
             if self._pager is not None:
                 self._checked(self._pager.end_pass)

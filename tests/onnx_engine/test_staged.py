@@ -5,8 +5,10 @@ import re
 import threading
 
 import numpy as np
+import onnx
 import pytest
 from made_encoders import FLOAT, FOUR_BITS, MIB, TABLE, Encoder, encoder_file, tokens
+from onnx import TensorProto, helper, numpy_helper
 from onnx_references import THREADS, assert_same, stock_outputs
 
 pytest.importorskip("edgeinfer._native", reason="needs the C extension")
@@ -146,6 +148,47 @@ def test_what_a_refused_input_leaves_is_counted(float_model):
         for _ in range(2):
             assert_same(staged.run(tokens(1)), expected)
         assert staged.plan.ledger.entries["resident_weights"] < before
+        assert process_memory().rss_bytes <= staged.plan.budget_bytes
+
+
+def widened_file(folder):
+    """Products of `rows` equal rows: how much is computed is in a value, not in the size of an input."""
+    rng = np.random.default_rng(0)
+    nodes = [
+        helper.make_node("Concat", ["rows", "width"], ["sizes"], axis=0),
+        helper.make_node("Expand", ["x", "sizes"], ["h0"]),
+    ]
+    weights = [numpy_helper.from_array(np.array([1024]), "width")]
+    for layer in range(12):
+        weight = rng.standard_normal((1024, 1024), np.float32) / 32
+        weights.append(numpy_helper.from_array(weight, f"w{layer}"))
+        nodes.append(helper.make_node("MatMul", [f"h{layer}", f"w{layer}"], [f"m{layer}"]))
+        nodes.append(helper.make_node("Tanh", [f"m{layer}"], [f"h{layer + 1}"]))
+    nodes.append(helper.make_node("ReduceMax", ["h12"], ["y"], axes=[0], keepdims=1))
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 1024]) for name in "xy")
+    rows = helper.make_tensor_value_info("rows", TensorProto.INT64, [1])
+    graph = helper.make_graph(nodes, "g", [x, rows], [y], weights)
+    path = folder / "widened.onnx"
+    onnx.save_model(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path
+    )
+    return path
+
+
+def test_values_that_make_a_pass_larger_keep_the_budget(cache, tmp_path):
+    path = widened_file(tmp_path)
+    x = np.random.default_rng(1).standard_normal((1, 1024), np.float32)
+    with opened(path, 85 * MIB) as staged:
+        for rows in (1, 1, 2500, 2500, 3500, 1):
+            feeds = {"x": x, "rows": np.array([rows])}
+            assert_same(staged.run(feeds), stock_outputs(path, feeds))
+            gc.collect()
+            give_back_memory()
+            assert process_memory().rss_bytes <= staged.plan.budget_bytes, rows
+        with pytest.raises(BudgetError, match="too small for this input"):
+            staged.run({"x": x, "rows": np.array([20_000])})
+        staged.run({"x": x, "rows": np.array([1])})
+        staged.run({"x": x, "rows": np.array([1])})
         assert process_memory().rss_bytes <= staged.plan.budget_bytes
 
 
