@@ -10,11 +10,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from edgeinfer.budget import budget_of, format_size, process_memory
-from edgeinfer.errors import BudgetError, EngineError
+from edgeinfer.errors import BudgetError, EngineError, ModelFileError
 from edgeinfer.onnx.graph import OnnxFile, read_onnx
 from edgeinfer.onnx.plan import OnnxPlan
 from edgeinfer.onnx.ports import Port, make_port
 from edgeinfer.onnx.providers import Choice, choose_provider
+from edgeinfer.onnx.runtime import explained
 from edgeinfer.onnx.stock import StockModel, stock_plan
 from edgeinfer.system import default_threads, streaming_support
 
@@ -88,12 +89,12 @@ def plan_stock(file: OnnxFile, budget_bytes: int) -> OnnxPlan | None:
 
 def _open_stock(file: OnnxFile, plan: OnnxPlan, threads: int | None, choice: Choice) -> Opened:
     runner = StockModel(file, plan, threads, choice)
-    inputs, outputs = runner.session.get_inputs(), runner.session.get_outputs()
-    return Opened(
-        runner,
-        tuple(make_port(port.name, port.type, port.shape) for port in inputs),
-        tuple(make_port(port.name, port.type, port.shape) for port in outputs),
-    )
+    with explained(file.path, ModelFileError):  # names may be no text
+        inputs, outputs = (
+            tuple(make_port(port.name, port.type, port.shape) for port in ports)
+            for ports in (runner.session.get_inputs(), runner.session.get_outputs())
+        )
+    return Opened(runner, inputs, outputs)
 
 
 def _open_staged(

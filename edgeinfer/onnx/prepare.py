@@ -117,11 +117,12 @@ def _ports(file: OnnxFile) -> tuple[tuple[PortFacts, ...], tuple[PortFacts, ...]
     """What the whole model takes and gives, in ONNX Runtime's words."""
     options = without_weights(file.path.parent)
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = make_session(file.skeleton, options)
-    inputs, outputs = (
-        tuple((port.name, port.type, tuple(port.shape)) for port in ports)
-        for ports in (session.get_inputs(), session.get_outputs())
-    )
+    with explained(file.path, errors.ModelFileError):  # names may be no text
+        session = make_session(file.skeleton, options)
+        inputs, outputs = (
+            tuple((port.name, port.type, tuple(port.shape)) for port in ports)
+            for ports in (session.get_inputs(), session.get_outputs())
+        )
     return inputs, outputs
 
 

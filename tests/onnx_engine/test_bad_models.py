@@ -165,12 +165,13 @@ def test_an_unknown_operator_is_named(tmp_path, domain, kind):
         open_onnx(path)
 
 
+@pytest.mark.parametrize("name, damaged", [(b"MatMul", b"Mat\x8eul"), (b"x", b"\x8e")])
 @pytest.mark.parametrize("room", [None, 50 << 20], ids=["one session", "prepared"])
-def test_names_that_are_no_text_are_refused_and_standard_output_stays_clean(tmp_path, capfd, room):
+def test_names_that_are_no_text_are_refused_and_standard_output_stays_clean(tmp_path, capfd, room, name, damaged):
     """ONNX Runtime would say on standard output, where results go, that it tries the same again."""
     weight = numpy_helper.from_array(np.zeros((5000, 5000), np.float32), "weight")
     path = save_product(tmp_path, weight, "", "MatMul")
-    path.write_bytes(path.read_bytes().replace(b"MatMul", b"Mat\x8eul"))
+    path.write_bytes(path.read_bytes().replace(name, damaged))
     with pytest.raises(ModelFileError, match=f"ONNX Runtime refused {path}"):
         open_onnx(path, memory=room and process_memory().rss_bytes + room)
     assert capfd.readouterr().out == ""
