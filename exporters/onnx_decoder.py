@@ -116,6 +116,8 @@ def build_decoder(
     values = complete_config(mapping, checkpoint.config)
     plan = plan_tensors(mapping, checkpoint, values, {})
     config = _config(folder)
+    if not mapping.rope.partial:
+        _check_whole_heads(config, mapping.name)
     tensors = {tensor.name: replace(tensor, permute_heads=None) for tensor in plan.tensors}
     writer = _Writer(config, tensors, styles()[mapping.name], FORMS[quant], scratch, progress)
     graph = writer.build(_metadata(config, mapping.name))
@@ -135,6 +137,17 @@ def _config(folder: Path) -> Any:
             f"transformers cannot read {folder / 'config.json'}: {' '.join(str(error).split())[:400]}"
         ) from error
     return config.get_text_config(decoder=True)
+
+
+def _check_whole_heads(config: Any, architecture: str) -> None:
+    """transformers turns whole heads in most architectures, whatever the config says."""
+    by_layer = [value for value in config.rope_parameters.values() if isinstance(value, dict)]
+    for parameters in by_layer or [config.rope_parameters]:
+        if parameters.get("partial_rotary_factor") not in (None, 1):
+            raise ExportError(
+                f"config.json: partial_rotary_factor is {parameters['partial_rotary_factor']}, expected 1: "
+                f"transformers rotates whole heads in {architecture}."
+            )
 
 
 def _metadata(config: Any, architecture: str) -> dict[str, str]:

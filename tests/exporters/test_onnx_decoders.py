@@ -111,6 +111,15 @@ def test_an_architecture_without_a_style_is_named(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
+def test_heads_rotated_in_part_are_refused_where_transformers_rotates_all(tmp_path):
+    tiny_checkpoint(tmp_path / "hf", "llama")
+    path = tmp_path / "hf" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "partial_rotary_factor": 0.5}))
+    with pytest.raises(ExportError, match="partial_rotary_factor is 0.5, expected 1: .*whole heads in llama"):
+        export_onnx(tmp_path / "hf", tmp_path / "m.onnx")
+    assert [found.name for found in tmp_path.iterdir()] == ["hf"]
+
+
 def test_the_file_says_what_it_is(tmp_path):
     tiny_checkpoint(tmp_path / "hf", "llama")
     add_tokenizer(tmp_path / "hf")
