@@ -254,6 +254,8 @@ def open_decoder(
     try:
         model = open_onnx(path, memory=max(0, budget - cache), threads=threads, progress=progress)
     except BudgetError as error:
+        if error.smallest_bytes is None and cache < budget:  # it is not the cache that is too large
+            raise
         raise _too_small(budget, context, cache, error.smallest_bytes) from error
     try:
         if model.plan.ledger.total > model.plan.budget_bytes:  # where nothing can be streamed

@@ -143,7 +143,8 @@ def _maker(
         if held >= budget:  # nothing is prepared for minutes that cannot run then
             raise BudgetError(
                 f"The budget of {format_size(budget)} is too small for this model: the smallest that works "
-                f"is above the {format_size(held)} that the process holds without it. Raise --memory."
+                f"is above the {format_size(held)} that the process holds without it. Raise --memory.",
+                smallest_bytes=held,
             )
         if say:
             size = format_size(int(file.weights_bytes * 2.1))

@@ -11,6 +11,7 @@ from onnx_kit import command, error_of
 from tiny_decoder import CONTEXT, TEXTS, tiny_llama, write_decoder, write_tokenizer
 
 import edgeinfer
+from edgeinfer.budget import process_memory
 from edgeinfer.engines.decoder import open_decoder
 from edgeinfer.engines.onnx import OnnxModel
 from edgeinfer.errors import BudgetError, EngineError, PromptError
@@ -159,6 +160,14 @@ def test_the_command_writes(decoder, llama, tokenizer):
 def test_a_cache_that_does_not_fit_is_refused(decoder):
     with pytest.raises(BudgetError, match=r"KV cache of 4,000,000 tokens takes .* smaller --ctx"):
         open_decoder(decoder, context_length=4_000_000, memory="1GiB")
+
+
+@needs_pager
+def test_what_the_process_holds_already_is_named_beside_the_cache(decoder):
+    held = process_memory().rss_bytes
+    with pytest.raises(BudgetError, match=r"KV cache of 128 tokens takes .*, and the model .* at least") as error:
+        open_decoder(decoder, context_length=128, memory=held // 2)
+    assert error.value.smallest_bytes >= held
 
 
 @pytest.fixture(scope="module")
