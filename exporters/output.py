@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import filecmp
 import os
+import re
 import secrets
 import shutil
 from abc import ABC, abstractmethod
@@ -14,28 +15,44 @@ from types import TracebackType
 
 from edgeinfer.errors import ExportError
 
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None
+
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_REPLACED = "replaced"
 
 
 class _Beside(ABC):
-    """What is written goes to `_part`, a file or a folder beside `path`, and is put in place when it is whole."""
+    """What is written goes to `_part`: a folder beside `path`, or a file alone in one, and is put in place when it
+    is whole.
+
+    The folder is locked as long as its process lives. One that a killed process left goes with the next run.
+    """
 
     def __init__(self, path: str | os.PathLike, folder: bool):
         self.path = Path(path)
         self._folder = folder
-        self._part = self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}.part")
+        self._beside = self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}.part")
+        self._part = self._beside if folder else self._beside / self.path.name
+        self._lock: int | None = None
 
     @abstractmethod
     def _put_in_place(self) -> None:
         """Rename what was written; an OSError leaves what was there."""
 
     def __enter__(self) -> Path:
+        _remove_abandoned(self.path)
+        new = self._beside.with_suffix(".new")
         try:
-            if self._folder:
-                self._part.mkdir()
-            else:
+            new.mkdir()
+            self._lock = _locked(new)
+            os.replace(new, self._beside)  # never there without its lock
+            if not self._folder:
                 self._part.touch(exist_ok=False)
         except OSError as error:
+            self._remove_part()
             raise ExportError(
                 f"{self.path} cannot be written: {error.strerror}. Choose another -o."
             ) from error
@@ -57,10 +74,10 @@ class _Beside(ABC):
             raise ExportError(f"{self.path} could not be put in place: {error}.") from error
 
     def _remove_part(self) -> None:
-        if self._part.is_dir():
-            shutil.rmtree(self._part, ignore_errors=True)
-        else:
-            self._part.unlink(missing_ok=True)
+        shutil.rmtree(self._beside, ignore_errors=True)
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
 
 class Target(_Beside):
@@ -97,7 +114,7 @@ class Target(_Beside):
             _flush(self._part)
             os.replace(self._part, self.path)
             return
-        old = self._part.with_suffix(".old")
+        old = self._beside.with_suffix(".old")
         if os.path.lexists(self.path):
             os.rename(self.path, old)
         try:
@@ -137,7 +154,7 @@ class TargetGroup(_Beside):
         names = [name for name in self._names if self._is_new(name)]
         for name in names:
             _flush(self._part / name)
-        aside = self._part / "replaced"
+        aside = self._part / _REPLACED
         aside.mkdir()
         moved: list[tuple[Path, Path]] = []
         try:
@@ -172,6 +189,38 @@ class TargetGroup(_Beside):
 def _move(before: Path, after: Path) -> tuple[Path, Path]:
     os.rename(before, after)
     return before, after
+
+
+def _remove_abandoned(path: Path) -> None:
+    """What killed processes left of `path`, unless it holds what was there before."""
+    name = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}\.part")
+    try:
+        left = [path.with_name(found) for found in os.listdir(path.parent) if name.fullmatch(found)]
+    except OSError:
+        return
+    for folder in left:
+        lock = _locked(folder)
+        if lock is None:
+            continue
+        if not (folder / _REPLACED).exists():
+            shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+
+
+def _locked(folder: Path) -> int | None:
+    """A handle that holds the lock; None where another process has it, or there are no locks."""
+    if fcntl is None:
+        return None
+    try:
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        return None
+    return handle
 
 
 def _no_room(path: Path, error: OSError) -> ExportError:

@@ -156,7 +156,7 @@ def _export_gguf(job: Job) -> tuple[dict[str, Any], list[str]]:
     if job.check:
         _require_memory(job)
     with output as part:
-        with tempfile.TemporaryDirectory(prefix=".edgeinfer-", dir=job.target.parent) as scratch:
+        with tempfile.TemporaryDirectory(prefix=".edgeinfer-", dir=part.parent) as scratch:
             floats = part if direct else Path(scratch) / "floats.gguf"
             with ProgressLine("Writing") as progress:
                 report = export_gguf(

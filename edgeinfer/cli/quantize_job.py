@@ -49,6 +49,7 @@ class _Run:
 
     def __init__(self, job: Job):
         self.job = job
+        self.folder = job.target.parent  # of what is made on the way
         self.importance: Importance | None = None
         self.trials: Trials | None = None
         self.trial: Trial | None = None
@@ -62,6 +63,7 @@ class _Run:
         with ExitStack() as stack:
             # Entered first, so that what cannot be written is known before the work.
             part = stack.enter_context(Target(job.target, job.force))
+            self.folder = part.parent
             kept = drawn = None
             if job.calibration is not None and job.importance is not None:
                 kept = stack.enter_context(Target(job.importance, job.force))
@@ -134,7 +136,7 @@ class _Run:
             text,
             self.importance,
             chooser,
-            job.target.parent,
+            self.folder,
             requantize=job.requantize,
             memory=job.memory,
         )
@@ -159,7 +161,7 @@ class _Run:
         from edgeinfer.exporters.quantize import ImportanceNeeded
 
         files = {"before": self.job.source, "after": part}
-        with tempfile.TemporaryDirectory(prefix=".edgeinfer-", dir=self.job.target.parent) as scratch:
+        with tempfile.TemporaryDirectory(prefix=".edgeinfer-", dir=self.folder) as scratch:
             if self.importance is not None and self.choice is None:
                 files["without_importance"] = plain = Path(scratch) / "plain.gguf"
                 try:
@@ -185,7 +187,7 @@ class _Run:
                 job.check,
                 self.importance,
                 self.trials.chooser.choose if self.trials else None,
-                job.target.parent,
+                self.folder,
                 requantize=job.requantize,
                 memory=job.memory,
                 progress=progress,

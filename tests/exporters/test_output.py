@@ -3,6 +3,8 @@
 import errno
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -28,6 +30,53 @@ def test_nothing_is_left_behind(tmp_path, stop, folder):
             (part / "some" if folder else part).write_bytes(b"half")
             raise stop
     assert list(tmp_path.iterdir()) == []
+
+
+KILLED = """
+import os, pathlib, signal, sys
+from edgeinfer.exporters.output import Target, TargetGroup
+path, kind, kill = sys.argv[1:]
+with TargetGroup(path) if kind == "group" else Target(path, folder=kind == "folder") as part:
+    scratch = part.parent if kind == "file" else part
+    (scratch / "floats.gguf").write_bytes(b"large")
+    print("ready", flush=True)
+    os.kill(os.getpid(), signal.SIGKILL) if kill == "kill" else sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "group"])
+def test_what_a_killed_process_left_goes_with_the_next_run(tmp_path, kind):
+    path = tmp_path / "out[1].gguf"
+    subprocess.run([sys.executable, "-c", KILLED, str(path), kind, "kill"], stdout=subprocess.DEVNULL)
+    assert len(list(tmp_path.rglob("floats.gguf"))) == 1
+    with Target(tmp_path / "other.gguf") as part:
+        part.write_bytes(b"done")
+    assert len(list(tmp_path.rglob("floats.gguf"))) == 1
+    with Target(path) as part:
+        part.write_bytes(b"done")
+    assert sorted(found.name for found in tmp_path.rglob("*")) == ["other.gguf", "out[1].gguf"]
+
+
+def test_what_another_process_is_writing_stays(tmp_path):
+    path = tmp_path / "out.gguf"
+    command = [sys.executable, "-c", KILLED, str(path), "file", "wait"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"ready\n"
+        with Target(path) as part:
+            part.write_bytes(b"ours")
+        assert len(list(tmp_path.rglob("floats.gguf"))) == 1
+        other.stdin.close()
+        assert other.wait() == 0
+    assert [found.name for found in tmp_path.iterdir()] == ["out.gguf"]
+
+
+def test_what_was_there_before_a_killed_process_stays(tmp_path):
+    aside = tmp_path / ".out.onnx.0123abcd.part" / "replaced"
+    aside.mkdir(parents=True)
+    (aside / "out.onnx").write_bytes(b"old")
+    with Target(tmp_path / "out.onnx") as part:
+        part.write_bytes(b"new")
+    assert (aside / "out.onnx").read_bytes() == b"old"
 
 
 def test_a_full_disk_is_explained(tmp_path):
