@@ -57,10 +57,9 @@ class BoundSteps:
                 binding.bind_ortvalue_output(output, after[key])
             self._bindings.append(binding)
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the input that changes."""
-        return self._data.shape
+    def takes(self, data: np.ndarray) -> bool:
+        """Whether `data` has the type and shape that the input that changes is bound with."""
+        return data.dtype == self._data.dtype and data.shape == self._data.shape
 
     def run(self, data: np.ndarray) -> dict[str, np.ndarray]:
         """The outputs without the state, which is kept. Raises what ONNX Runtime raises; the state is then as

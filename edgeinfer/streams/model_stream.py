@@ -229,7 +229,7 @@ class ModelStream:
         that follow are bound to it, where one session holds the model."""
         self.steps += 1
         bound = self._bound
-        if bound is not None and data.shape == bound.shape:
+        if bound is not None and bound.takes(data):
             try:
                 return bound.run(data)
             except (

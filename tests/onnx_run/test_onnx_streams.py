@@ -204,6 +204,19 @@ def test_samples_of_the_wrong_kind_are_refused(wrong):
             model.stream().feed(wrong)
 
 
+@pytest.mark.parametrize("steps", [0, 1, 3])
+@pytest.mark.parametrize("dtype", ["float64", "int64", "complex64"])
+def test_a_frame_of_the_wrong_type_is_refused_at_every_step(tmp_path, dtype, steps):
+    one = np.ones((1, 4), np.float32)
+    with edgeinfer.load(running_sum(tmp_path / "m.onnx")) as model:
+        stream = model.stream()
+        for _ in range(steps):
+            stream.feed(one)
+        with pytest.raises(InputError, match=f"'x': expected type float32, got {dtype}"):
+            stream.feed(one.astype(dtype))
+        np.testing.assert_array_equal(stream.feed(one)[0].outputs["y"], (steps + 1) * one)  # the state is kept
+
+
 def test_nan_passes_through(tmp_path):
     with edgeinfer.load(running_sum(tmp_path / "m.onnx")) as model:
         stream = model.stream()
