@@ -91,6 +91,7 @@ class Target(_Beside):
 
     def __init__(self, path: str | os.PathLike, force: bool = False, folder: bool = False):
         super().__init__(path, folder)
+        self._force = force
         self._check(force)
 
     def _check(self, force: bool) -> None:
@@ -104,12 +105,14 @@ class Target(_Beside):
             )
         if self.path.exists() and not self.path.is_dir() and not self.path.is_file():
             raise ExportError(f"{self.path} is no file but a device or a pipe. Give another -o.")
-        if not force and os.path.lexists(self.path):
-            raise ExportError(f"{self.path} exists already. Give another -o, or --force to replace it.")
+        if not force:
+            _refuse_existing(self.path)
         if not os.access(parent, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
             raise ExportError(f"No permission to write into {parent}. Choose another folder with -o.")
 
     def _put_in_place(self) -> None:
+        if not self._force:
+            _refuse_existing(self.path)  # another run may have been here first
         if not self._folder:
             _flush(self._part)
             os.replace(self._part, self.path)
@@ -151,6 +154,8 @@ class TargetGroup(_Beside):
             Target(self.path.with_name(name), force)
 
     def _put_in_place(self) -> None:
+        for name in () if self._force else self._own:
+            _refuse_existing(self.path.with_name(name))
         names = [name for name in self._names if self._is_new(name)]
         for name in names:
             _flush(self._part / name)
@@ -184,6 +189,11 @@ class TargetGroup(_Beside):
                 "--force."
             )
         return True
+
+
+def _refuse_existing(path: Path) -> None:
+    if os.path.lexists(path):
+        raise ExportError(f"{path} exists already. Give another -o, or --force to replace it.")
 
 
 def _move(before: Path, after: Path) -> tuple[Path, Path]:

@@ -60,14 +60,27 @@ def test_what_a_killed_process_left_goes_with_the_next_run(tmp_path, kind):
 def test_what_another_process_is_writing_stays(tmp_path):
     path = tmp_path / "out.gguf"
     command = [sys.executable, "-c", KILLED, str(path), "file", "wait"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen(command, **pipes) as other:
         assert other.stdout.readline() == b"ready\n"
         with Target(path) as part:
             part.write_bytes(b"ours")
         assert len(list(tmp_path.rglob("floats.gguf"))) == 1
-        other.stdin.close()
-        assert other.wait() == 0
-    assert [found.name for found in tmp_path.iterdir()] == ["out.gguf"]
+        assert b"out.gguf exists already" in other.communicate()[1]
+    assert path.read_bytes() == b"ours" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("kind", [Target, TargetGroup])
+def test_what_another_run_put_there_meanwhile_is_kept(tmp_path, kind):
+    path = tmp_path / "out.onnx"
+    with pytest.raises(ExportError, match="out.onnx exists already"):
+        with kind(path) as part:
+            (part / path.name if kind is TargetGroup else part).write_bytes(b"second")
+            path.write_bytes(b"first")
+    assert path.read_bytes() == b"first" and list(tmp_path.iterdir()) == [path]
+    with kind(path, force=True) as part:
+        (part / path.name if kind is TargetGroup else part).write_bytes(b"second")
+    assert path.read_bytes() == b"second"
 
 
 def test_what_was_there_before_a_killed_process_stays(tmp_path):
