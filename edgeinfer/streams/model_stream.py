@@ -229,7 +229,7 @@ class ModelStream:
         that follow are bound to it, where one session holds the model."""
         self.steps += 1
         bound = self._bound
-        if bound is not None and bound.takes(data):
+        if bound is not None and bound.takes(data) and self.model.session is not None:  # None: it was closed
             try:
                 return bound.run(data)
             except (

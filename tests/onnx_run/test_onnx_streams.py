@@ -7,7 +7,7 @@ from onnx_kit import AUDIO, MODELS, bare_session, needs_data, read_wav, running_
 from onnx_kit import save_model as save
 
 import edgeinfer
-from edgeinfer.errors import InputError
+from edgeinfer.errors import EngineError, InputError
 from edgeinfer.streams.description import GateDescription, StageDescription
 from edgeinfer.streams.pipeline import open_pipeline
 from edgeinfer.streams.running import run_pipeline
@@ -214,7 +214,17 @@ def test_a_frame_of_the_wrong_type_is_refused_at_every_step(tmp_path, dtype, ste
             stream.feed(one)
         with pytest.raises(InputError, match=f"'x': expected type float32, got {dtype}"):
             stream.feed(one.astype(dtype))
-        np.testing.assert_array_equal(stream.feed(one)[0].outputs["y"], (steps + 1) * one)  # the state is kept
+        np.testing.assert_array_equal(stream.feed(one)[0].outputs["y"], (steps + 1) * one)  # kept
+
+
+def test_a_stream_ends_with_its_model(tmp_path):
+    one = np.ones((1, 4), np.float32)
+    with edgeinfer.load(running_sum(tmp_path / "m.onnx")) as model:
+        stream = model.stream()
+        for _ in range(3):
+            stream.feed(one)
+    with pytest.raises(EngineError, match="The model is closed"):
+        stream.feed(one)
 
 
 def test_nan_passes_through(tmp_path):
