@@ -81,7 +81,8 @@ def read_rope(config: Mapping[str, Any], rules: RopeRules) -> Rope:
 def _parameters(config: Mapping[str, Any], rules: RopeRules) -> tuple[dict[str, Any], dict[str, Any]]:
     """The parameters of full and of sliding layers as transformers 5 writes them, from old forms too."""
     found, old = _object(config, "rope_parameters"), _object(config, "rope_scaling")
-    nested = "full_attention" in found or "sliding_attention" in found
+    # transformers sees parameters of each type of layer only, where the two differ
+    nested = rules.local_theta is not None or "full_attention" in found or "sliding_attention" in found
     main = {**(_object(found, "full_attention") if nested else found), **old}
     local = dict(_object(found, "sliding_attention")) if nested else {}
     for key in ("rope_theta", "partial_rotary_factor"):

@@ -160,6 +160,15 @@ def test_old_configs_mean_what_new_ones_mean(name):
     assert both[0] == both[1]
 
 
+def test_rope_of_gemma3_without_types_of_layers_is_not_seen_as_by_transformers():
+    transformers = pytest.importorskip("transformers", reason='needs pip install "edgeinfer[export]"')
+    flat = {"rope_parameters": {"rope_type": "linear", "factor": 8.0, "rope_theta": 5e5}}
+    theirs = transformers.Gemma3TextConfig(**flat).rope_parameters
+    assert theirs["full_attention"] == {"rope_type": "default", "rope_theta": 1e6}
+    config = {"architectures": ["Gemma3ForCausalLM"], **COMMON, "head_dim": 32, "query_pre_attn_scalar": 32}
+    assert _metadata({**config, **flat}) == _metadata(config)
+
+
 def test_model_type_stands_in_for_architectures():
     assert find_mapping({"model_type": "qwen3_moe"}).name == "qwen3moe"
 
