@@ -41,7 +41,8 @@ class Entry:
         if os.fstat(self._lock).st_nlink == 0 or not _is_sealed(folder):
             self.close()
             raise FileNotFoundError(folder)
-        os.utime(folder / MANIFEST)  # used now: others go first
+        with suppress(OSError):  # a folder that cannot be written is not made room in either
+            os.utime(folder / MANIFEST)  # used now: others go first
 
     @property
     def nbytes(self) -> int:

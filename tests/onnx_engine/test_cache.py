@@ -1,5 +1,6 @@
 """Prepared models on the disk: whole or not there, made once, bounded, not removed while they are used."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -48,6 +49,17 @@ def test_made_once(folder):
     again = cache.find_or_make(KEY, 10_000, must_not_be_called)
     assert manifest(again) == "first"
     assert cache.find("1" * 32) is None
+
+
+def test_an_entry_in_a_folder_that_cannot_be_written_is_used(folder, monkeypatch):
+    """As on a read-only disk, and where another user has made it."""
+
+    def refuse(*_):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    cache.find_or_make(KEY, 10_000, fill(content="first")).close()
+    monkeypatch.setattr(os, "utime", refuse)
+    assert manifest(cache.find_or_make(KEY, 10_000, must_not_be_called)) == "first"
 
 
 class Stop(BaseException):
