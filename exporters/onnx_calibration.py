@@ -41,6 +41,7 @@ class CalibrationData:
             arrays = _read(file, self._ports)
             try:
                 for feeds in self._samples(arrays):
+                    _check_numbers(feeds)
                     yield check_feeds(self._ports, feeds)
             except InputError as error:
                 raise ExportError(f"{file}: the calibration data does not fit the model: {error}") from error
@@ -57,6 +58,15 @@ class CalibrationData:
             raise InputError(f"the arrays hold different numbers of samples: {counts}.")
         for i in range(next(iter(counts.values()))):
             yield {name: array[i] for name, array in arrays.items()}
+
+
+def _check_numbers(feeds: dict[str, np.ndarray]) -> None:
+    """That there is something to learn a range from."""
+    if not any(array.size for array in feeds.values()):
+        raise InputError("a sample has no numbers in it.")
+    for name, array in feeds.items():
+        if array.dtype.kind == "f" and np.isnan(array).any():
+            raise InputError(f"a sample of {name!r} has numbers that are not numbers (NaN).")
 
 
 def _find(path: Path) -> list[Path]:

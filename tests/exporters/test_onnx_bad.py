@@ -139,3 +139,12 @@ def test_a_check_uses_what_is_given(tmp_path):
     for more in ([], ["--quant", "int8_static"], ["--quant", "F16"]):
         done = CliRunner().invoke(cli, list(map(str, [*words, "--force", *more])))
         assert done.exit_code == 0 and "at 5 positions" in done.output, done.output
+
+
+@pytest.mark.parametrize(
+    "rows, words", [(np.zeros((0, 64)), "no numbers in it"), (np.full((1, 64), np.nan), "'x' has .*NaN")]
+)
+def test_calibration_that_says_nothing(tmp_path, rows, words):
+    source = product(tmp_path / "m.onnx")
+    np.savez(tmp_path / "x.npz", x=rows.astype(np.float32))
+    refused(source, words, ExportError, quant="INT8_STATIC", calibration=tmp_path / "x.npz")
