@@ -65,8 +65,8 @@ def _check_numbers(feeds: dict[str, np.ndarray]) -> None:
     if not any(array.size for array in feeds.values()):
         raise InputError("a sample has no numbers in it.")
     for name, array in feeds.items():
-        if array.dtype.kind == "f" and np.isnan(array).any():
-            raise InputError(f"a sample of {name!r} has numbers that are not numbers (NaN).")
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise InputError(f"a sample of {name!r} has infinite numbers, or what is no number (NaN).")
 
 
 def _find(path: Path) -> list[Path]:

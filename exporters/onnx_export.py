@@ -276,7 +276,8 @@ class _Job:
     def _quantize(self) -> None:
         between = self.part(0.1, 0.6)
         if self.quant == "F16":
-            to_float16(self.graph)
+            if not to_float16(self.graph):
+                self.notes.append("nothing became float16: no weight is float32 and used where float16 may be")
         elif self.quant == "INT8":
             self.quantized = quantize_int8(self.graph, self._scratch, between)
             self._note_convolutions()

@@ -33,8 +33,8 @@ _LARGEST, _SMALLEST = 65504.0, 2.0**-24  # of float16
 _KEPT = {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"}
 
 
-def to_float16(graph: OnnxGraph) -> None:
-    """Change the model in place."""
+def to_float16(graph: OnnxGraph) -> int:
+    """Change the model in place. Gives the number of weights that became float16."""
     model = graph.proto
     for inner in all_graphs(model.graph):
         lift_constants(inner)
@@ -45,6 +45,7 @@ def to_float16(graph: OnnxGraph) -> None:
     used = used_names(model.graph)
     rename_inputs(model.graph, {new: old for old, new in shared.weights_made if old not in used})
     drop_unused_initializers(model.graph)
+    return len(shared.weights_made)
 
 
 def _opsets(model: ModelProto) -> dict[str, int]:

@@ -142,7 +142,12 @@ def test_a_check_uses_what_is_given(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "rows, words", [(np.zeros((0, 64)), "no numbers in it"), (np.full((1, 64), np.nan), "'x' has .*NaN")]
+    "rows, words",
+    [
+        (np.zeros((0, 64)), "no numbers in it"),
+        (np.full((1, 64), np.nan), "'x' has .*NaN"),
+        (np.full((1, 64), np.inf), "'x' has infinite"),
+    ],
 )
 def test_calibration_that_says_nothing(tmp_path, rows, words):
     source = product(tmp_path / "m.onnx")

@@ -243,6 +243,17 @@ def test_what_float16_cannot_hold(tmp_path):
         assert np.isfinite(after).all() and np.abs(before - after).max() < 1e-3
 
 
+def test_a_model_without_float32_is_said_to_stay_as_it_is(tmp_path):
+    text = """<ir_version: 8, opset_import: ["" : 17]> g (double[1, 4] x) => (double[1, 4] y) { y = MatMul(x, w) }"""
+    source = save(tmp_path / "m.onnx", text, {"w": np.eye(4) * 3})
+    report, target = export(source, "F16")
+    assert any("nothing became float16" in note for note in report.notes)
+    assert np.array_equal(run(target, x=np.ones((1, 4)))[0], np.full((1, 4), 3.0))
+    (tmp_path / "b").mkdir()
+    report, _ = export(save(tmp_path / "b" / "m.onnx", PRODUCT.format(opset=17), {"w": weight(64, 64)}), "F16")
+    assert not any("nothing became" in note for note in report.notes)
+
+
 def test_half():
     numbers = np.array([0, -0.0, 1e-12, -1e-12, 1e30, -1e30, np.inf, -np.inf, 0.1, 70000], np.float32)
     found = half(numbers)
