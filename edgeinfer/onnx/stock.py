@@ -30,7 +30,7 @@ class StockModel:
         path = file.path
         with explained(path, ModelFileError):
             self.session = make_session(os.fspath(path), options, choice.chain)
-        read_alone(data for data in file.paths if data != path)
+        read_alone([data for data in file.paths if data != path])
         found = what_computes(choice, self.session)
         self.plan = replace(plan, provider=found.name, provider_reason=found.reason)
         self._path = path
