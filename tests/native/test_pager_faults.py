@@ -189,6 +189,8 @@ with Paged(path, blocks, range(4), ring=9 * PAGE) as paged:
 def test_closing_waits_for_the_reads_under_way(run):
     code = """
 paged = Paged(path, [(STREAMED, 5, 3 * PAGE)], [0], ring=4 * PAGE)
+while paged.pager.statistics()["busy_seconds"] == 0:  # no thread has begun to read
+    time.sleep(0.001)
 thread, result = blocked(paged.pager.close)
 gate.unlink()
 thread.join()
