@@ -12,6 +12,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import onnx
 
@@ -76,8 +77,13 @@ def _copy(path: Path, places: dict[_Part, int], size: int) -> None:
         for (offset, nbytes), place in places.items():
             source.seek(offset)
             target.seek(place)
-            for start in range(0, nbytes, _COPIED_BYTES):
-                target.write(source.read(min(_COPIED_BYTES, nbytes - start)))
+            copy_bytes(source, nbytes, target)
         target.truncate(size)
     shutil.copymode(path, beside)
     os.replace(beside, path)
+
+
+def copy_bytes(source: BinaryIO, nbytes: int, target: BinaryIO) -> None:
+    """From where `source` is to where `target` is, some megabytes at a time."""
+    for start in range(0, nbytes, _COPIED_BYTES):
+        target.write(source.read(min(_COPIED_BYTES, nbytes - start)))

@@ -11,10 +11,11 @@ import mmap
 import os
 from collections.abc import MutableSequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import onnx
 
+from edgeinfer.onnx.aligned_data import copy_bytes
 from edgeinfer.onnx.cut import used_names
 from edgeinfer.onnx.nested import subgraphs
 from edgeinfer.onnx.optimize import external_range
@@ -25,7 +26,6 @@ _LOOKUPS = {
     ("com.microsoft", "EmbedLayerNormalization"): (0, (2,)),
 }
 LARGE_BYTES = 64 << 20
-_COPIED_BYTES = 4 << 20
 
 
 def lookups(graph: onnx.GraphProto) -> dict[str, str]:
@@ -99,19 +99,14 @@ def put_back(aside: list[onnx.TensorProto], source: Path, model_path: Path, data
             start = -(-data.seek(0, os.SEEK_END) // mmap.PAGESIZE) * mmap.PAGESIZE
             data.truncate(start)
             with open(source / location, "rb") as file:
-                _copy(file, offset, nbytes, data)
+                file.seek(offset)
+                copy_bytes(file, nbytes, data)
             del table.external_data[:]
             for key, value in (("location", data_path.name), ("offset", start), ("length", nbytes)):
                 table.external_data.add(key=key, value=str(value))
             _without(model.graph.input, table.name)
             model.graph.initializer.append(table)
     model_path.write_bytes(model.SerializeToString())
-
-
-def _copy(source: BinaryIO, offset: int, nbytes: int, target: BinaryIO) -> None:
-    source.seek(offset)
-    for start in range(0, nbytes, _COPIED_BYTES):
-        target.write(source.read(min(_COPIED_BYTES, nbytes - start)))
 
 
 def _without(values: MutableSequence[Any], name: str) -> None:
