@@ -38,6 +38,10 @@ def command(*arguments, **options):
     )
 
 
+def run(model, *arguments, **options):
+    return command("run", model, *arguments, **options)
+
+
 def error_of(result):
     """The message of a command that failed as it should: exit code 1, nothing on standard output."""
     assert result.returncode == 1 and result.stdout == b"", (result.returncode, result.stdout, result.stderr)

@@ -10,21 +10,17 @@ from onnx_kit import (
     IMAGES,
     MODELS,
     bare_session,
-    command,
     constant_model,
     error_of,
     needs_data,
     read_wav,
+    run,
     save_model,
     write_wav,
 )
 from PIL import Image
 
 pytestmark = needs_data
-
-
-def run(model, *arguments, **options):
-    return command("run", model, *arguments, **options)
 
 
 def answer(model, *arguments):

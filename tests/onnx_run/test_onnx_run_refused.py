@@ -11,15 +11,12 @@ from onnx_kit import (
     command,
     error_of,
     needs_data,
+    run,
     running_sum,
     write_wav,
 )
 
 pytestmark = needs_data
-
-
-def run(model, *arguments, **options):
-    return command("run", model, *arguments, **options)
 
 
 @pytest.mark.parametrize(
