@@ -12,7 +12,7 @@ from onnx import GraphProto, ModelProto
 from edgeinfer.errors import ExportError
 from edgeinfer.onnx.graph import read_onnx
 from edgeinfer.onnx.ports import Port, check_feeds, make_port, show_shape
-from edgeinfer.onnx.runtime import explained, session_options
+from edgeinfer.onnx.runtime import explained, make_session, session_options
 from edgeinfer.streams.state import find_state, zero_state
 from edgeinfer.system import default_threads
 
@@ -55,7 +55,7 @@ class OnnxModel:
     def open(self) -> None:
         with explained(self.path, ExportError):
             options = session_options(default_threads())
-            self._session = ort.InferenceSession(str(self.path), options, providers=["CPUExecutionProvider"])
+            self._session = make_session(str(self.path), options)
 
     def close(self) -> None:
         self._session = None

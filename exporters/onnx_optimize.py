@@ -18,7 +18,7 @@ from edgeinfer.exporters.onnx_source import OnnxGraph
 from edgeinfer.exporters.onnx_tensors import all_tensors
 from edgeinfer.exporters.onnx_weights import Weights
 from edgeinfer.onnx.nested import all_graphs
-from edgeinfer.onnx.runtime import explained, session_options
+from edgeinfer.onnx.runtime import explained, make_session, session_options
 
 #: MatMul followed by Add stays as it is (Gemm hides it from the quantizers); equal small constants stay
 #: apart.
@@ -81,10 +81,4 @@ def _options(folder: Path, target: Path) -> ort.SessionOptions:
 
 
 def _run(graph: OnnxGraph, options: ort.SessionOptions) -> None:
-    ort.InferenceSession(
-        graph.proto.SerializeToString(),
-        options,
-        ["CPUExecutionProvider"],
-        disabled_optimizers=_LEFT_OUT,
-        enable_fallback=0,
-    )
+    make_session(graph.proto.SerializeToString(), options, disabled_optimizers=_LEFT_OUT)

@@ -12,9 +12,9 @@ from onnx import ModelProto, TensorProto
 from edgeinfer.errors import ModelFileError
 from edgeinfer.exporters.onnx_graph import lift_constants
 from edgeinfer.exporters.onnx_tensors import all_tensors, is_external
-from edgeinfer.onnx.nested import all_graphs
 from edgeinfer.exporters.onnx_weights import Weights, raw_bytes
 from edgeinfer.onnx.graph import read_onnx
+from edgeinfer.onnx.nested import all_graphs
 
 
 @dataclass

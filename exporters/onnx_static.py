@@ -26,7 +26,7 @@ from edgeinfer.exporters.onnx_graph import standard_opset
 from edgeinfer.exporters.onnx_source import OnnxGraph, open_onnx
 from edgeinfer.exporters.onnx_write import write_onnx
 from edgeinfer.onnx.ports import make_port
-from edgeinfer.onnx.runtime import explained, session_options
+from edgeinfer.onnx.runtime import explained, make_session, session_options
 
 #: Scales for each channel are written for operators of this version.
 OPSET = 13
@@ -120,9 +120,7 @@ def _count_quantized(model: ModelProto) -> int:
 
 def _ports(path: Path, source: object) -> list:
     with explained(source, ExportError):
-        session = ort.InferenceSession(
-            str(path), session_options(1), ["CPUExecutionProvider"], enable_fallback=0
-        )
+        session = make_session(str(path), session_options(1))
     return [make_port(port.name, port.type, port.shape) for port in session.get_inputs()]
 
 

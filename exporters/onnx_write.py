@@ -30,7 +30,7 @@ from edgeinfer.exporters.onnx_source import OnnxGraph
 from edgeinfer.exporters.onnx_tensors import all_tensors, tensor_bytes
 from edgeinfer.exporters.onnx_weights import Source, set_place
 from edgeinfer.onnx.nested import all_graphs
-from edgeinfer.onnx.runtime import explained, session_options
+from edgeinfer.onnx.runtime import explained, make_session, session_options
 
 EXTERNAL_BYTES = 1024  # smaller tensors stay inside the model
 DATA_SUFFIX = ".data"
@@ -128,7 +128,7 @@ def check_written(path: Path, source: object) -> None:
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.add_session_config_entry("session.disable_prepacking", "1")
     with explained(f"the export of {source}", ExportError):
-        ort.InferenceSession(str(path), options, ["CPUExecutionProvider"], enable_fallback=0)
+        make_session(str(path), options)
 
 
 def _only_known_operators(path: Path) -> bool:

@@ -25,15 +25,18 @@ def session_options(threads: int | None) -> ort.SessionOptions:
 
 
 def make_session(
-    model: bytes | str, options: ort.SessionOptions, providers: Sequence[str] = ("CPUExecutionProvider",)
+    model: bytes | str,
+    options: ort.SessionOptions,
+    providers: Sequence[str] = ("CPUExecutionProvider",),
+    **more: object,
 ) -> ort.InferenceSession:
     """A session, which is tried again with fewer providers only where there are several.
 
-    ONNX Runtime says that it tries again on standard output, where results go.
+    ONNX Runtime says that it tries again on standard output, where results go. `more`: as InferenceSession
+    takes it.
     """
-    return ort.InferenceSession(
-        model, options, providers=list(providers), enable_fallback=int(len(providers) > 1)
-    )
+    fallback = int(len(providers) > 1)
+    return ort.InferenceSession(model, options, providers=list(providers), enable_fallback=fallback, **more)
 
 
 @contextmanager
