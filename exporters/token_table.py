@@ -19,8 +19,8 @@ SPACE = "\u2581"
 class TokenTable:
     """How llama.cpp is told to split text. `scores` for its "llama" tokenizer, `merges` for its "gpt2" one.
 
-    `composes`: text is put into NFC first. `special`: ids of bos, eos, unk and pad where the tokenizer's own file gives them. `warnings`: where ids
-    may differ from the original's.
+    `composes`: text is put into NFC first. `special`: ids of bos, eos, unk and pad where the tokenizer's own
+    file gives them. `warnings`: where ids may differ from the original's.
     """
 
     model: str
